@@ -47,7 +47,7 @@ format: $(STAMP) ## let ruff mend what it can
 	@$(BIN)/ruff format --quiet .
 
 docs: $(STAMP) ## build the site into site/, warnings are errors
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP) ## measure against the floor and the peer, print ratios
 	@$(BIN)/python benchmarks/static.py
