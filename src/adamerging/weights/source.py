@@ -71,6 +71,7 @@ class Weights:
         metadata: string metadata of the weight file (safetensors), as found.
         folder: the folder with ``config.json``, tokenizer and other small files, where there is one.
         config: the parsed ``config.json``, where there is one.
+        notes: what a reader should know about how it was opened (a prefix removed, files left aside).
     """
 
     label: str
@@ -83,6 +84,7 @@ class Weights:
     metadata: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """The full tensor ``name`` in its stored dtype (do not write to it)."""
