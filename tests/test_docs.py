@@ -1,0 +1,31 @@
+"""What the documentation says of the methods is what the registry says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adamerging.methods import methods
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+SECTIONS = {part.split("\n", 1)[0].strip(): part for part in PAGE.split("\n## ")[1:]}
+WORDS = {True: "true", False: "false", None: "none"}
+
+
+def as_written(default: object) -> str:
+    return WORDS[default] if default is None or isinstance(default, bool) else str(default)
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_method_has_its_section_and_its_line_in_the_table(name: str) -> None:
+    assert name in SECTIONS
+    assert f"| [`{name}`](#{name}) |" in PAGE
+
+
+@pytest.mark.parametrize("name", methods())
+def test_every_option_is_described_with_its_true_default(name: str) -> None:
+    rows = [line for line in SECTIONS[name].splitlines() if line.startswith("| `")]
+    described = {tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows}
+    true = {(option, as_written(default)) for option, (_, default) in methods()[name].options.items()}
+    assert described == true
