@@ -1,0 +1,122 @@
+"""Merge opened weights: the tensors of the merged body, piece by piece, in the base's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .methods.stage import Chunk, Method
+from .plan import Entry
+from .schedule import Schedule, check, value_at
+from .stream import Pipeline, Workers
+from .task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive values of one merged tensor.
+
+    Attributes:
+        entry: the tensor.
+        values: ``(n,)`` in the output's dtype; pieces of a tensor follow each other without gaps.
+    """
+
+    entry: Entry
+    values: Tensor
+
+
+def check_method(method: Method, vectors: TaskVectors, scale: Schedule | None) -> None:
+    """Refuse what the method cannot do with these experts, weights and scale.
+
+    Raises:
+        UsageError: too few or too many experts, weights where none apply, a weight or scale unreadable.
+    """
+    least, most = method.experts
+    count = len(vectors.tasks)
+    if count < least or (most is not None and count > most):
+        wanted = (
+            f"exactly {least}"
+            if least == most
+            else f"at least {least}"
+            if most is None
+            else f"at most {most}"
+        )
+        raise UsageError(
+            f"method '{method.name}' merges {wanted} experts, got {count}: {', '.join(vectors.tasks)}"
+        )
+    check(vectors.weights, "weight", tasks=vectors.tasks)
+    if not method.weighted and vectors.weights != 1.0:
+        raise UsageError(
+            f"method '{method.name}' takes no weights by expert; 'weighted' is the weighted average"
+        )
+    if scale is not None:
+        check(scale, "scale")
+
+
+def merged_pieces(
+    vectors: TaskVectors,
+    method: Method,
+    workers: Workers,
+    *,
+    scale: Schedule | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Piece]:
+    """Every tensor of the merged body, in the order of the plan, in pieces.
+
+    Arithmetic is in float32 (float64 for a float64 base) with one rounding, to ``dtype``.
+
+    Args:
+        vectors: base, experts and plan.
+        method: stages and reducer.
+        workers: threads.
+        scale: λ; the method's own default when None.
+        dtype: of the floating-point output tensors; the base's own when None.
+
+    Raises:
+        UsageError: see `check_method`.
+        NonFiniteError: NaN or infinity in base or experts.
+    """
+    check_method(method, vectors, scale)
+    chosen: Schedule = method.scale if scale is None else scale
+    pipeline = Pipeline(vectors, method.stages, workers)
+
+    def merge(compute: Callable[[], Chunk], entry: Entry, target: torch.dtype) -> Piece:
+        chunk = compute()
+        factor = value_at(chosen, chunk.name, chunk.place)
+        return Piece(entry, torch.add(chunk.base, chunk.stack[0], alpha=factor).to(target))
+
+    def jobs() -> Iterator[Callable[[], Piece]]:
+        for entry in vectors.plan.entries.values():
+            target = output_dtype(entry, dtype)
+            if entry.treatment == "merged":
+                for compute in pipeline.chunks(entry):
+                    yield partial(merge, compute, entry, target)
+                done = vectors.numel(entry)
+                if done < entry.spec.numel:
+                    yield partial(_copied, vectors, entry, done, target)
+            elif entry.treatment == "averaged":
+                yield partial(_averaged, vectors, entry, target)
+            else:
+                yield partial(_copied, vectors, entry, 0, target)
+
+    return workers.map(lambda job: job(), jobs())
+
+
+def output_dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype a tensor is written in: only floating-point ones follow a request."""
+    return dtype if dtype is not None and entry.spec.dtype.is_floating_point else entry.spec.dtype
+
+
+def _copied(vectors: TaskVectors, entry: Entry, start: int, dtype: torch.dtype) -> Piece:
+    return Piece(entry, vectors.base.read(entry.name).reshape(-1)[start:].to(dtype))
+
+
+def _averaged(vectors: TaskVectors, entry: Entry, dtype: torch.dtype) -> Piece:
+    """Running statistics of a normalisation: the experts' mean, whatever the method."""
+    chunk = vectors.read(vectors.open(entry), 0, entry.spec.numel)
+    return Piece(entry, (chunk.base + chunk.vectors.mean(0)).to(dtype))

@@ -1,0 +1,46 @@
+"""Merging methods, one file each. Importing this package registers them all.
+
+To add one: write ``<name>.py`` beside this file with a factory decorated by `register`, and import it
+here. The contract suite picks it up by itself.
+"""
+
+from . import (
+    average,
+    breadcrumbs,
+    consensus,
+    dare,
+    della,
+    karcher,
+    lines,
+    model_stock,
+    slerp,
+    task_arithmetic,
+    ties,
+    weighted,
+)
+from .registry import Registration, make_method, methods, register
+from .stage import Chunk, Method, Stage, Stream, chain
+
+__all__ = [
+    "Chunk",
+    "Method",
+    "Registration",
+    "Stage",
+    "Stream",
+    "average",
+    "breadcrumbs",
+    "chain",
+    "consensus",
+    "dare",
+    "della",
+    "karcher",
+    "lines",
+    "make_method",
+    "methods",
+    "model_stock",
+    "register",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "weighted",
+]

@@ -1,0 +1,216 @@
+"""The one type that every merging method is made of.
+
+A method is a chain of *stages*. A stage takes a chunk of the stack of task vectors, ``(S, n)``, and
+returns a stack ``(S', n)``: S' = S for a transform, 1 for a reducer. What a stage must know of more
+than the chunk in hand (a threshold over the whole vector, a norm) it gathers beforehand in `survey`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..blocks import Place
+from ..schedule import Schedule, value_at
+
+T = TypeVar("T")
+
+Scope = Literal["element", "row", "tensor"]
+SCOPES: tuple[Scope, ...] = ("element", "row", "tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A contiguous piece of one tensor, of the base and of every expert.
+
+    Attributes:
+        name: the tensor's name in the base.
+        shape: its full shape.
+        start, stop: the piece, as a range of the flattened tensor.
+        place: the block it belongs to and its depth.
+        tasks: names of the experts.
+        base: ``(n,)`` base values, float32 (float64 where the base is).
+        vectors: ``(K, n)`` task vectors as read, same dtype.
+        stack: ``(S, n)`` what the stages so far made of them.
+        weights: ``(S,)`` weight of each row of the stack.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    place: Place
+    tasks: tuple[str, ...]
+    base: Tensor
+    vectors: Tensor
+    stack: Tensor
+    weights: Tensor
+
+    @property
+    def rows(self) -> int:
+        """How many whole rows (first dimension) the piece covers; 1 for vectors and scalars."""
+        return max(1, (self.stop - self.start) // self.row_size)
+
+    @property
+    def row_size(self) -> int:
+        """Elements in one row: all dimensions but the first; a vector or scalar is one row."""
+        return row_size(self.shape)
+
+    def settings(self, schedule: Schedule) -> list[float]:
+        """A schedule's value for each expert."""
+        return [value_at(schedule, self.name, self.place, task) for task in self.tasks]
+
+    def with_stack(self, stack: Tensor, weights: Tensor | None = None) -> Chunk:
+        """The same piece with another stack; without ``weights`` each row weighs 1."""
+        if weights is None:
+            weights = torch.ones(stack.shape[0], dtype=self.weights.dtype)
+        return replace(self, stack=stack, weights=weights)
+
+
+def row_size(shape: Sequence[int]) -> int:
+    """Elements in one row of a tensor of this shape; a vector or scalar is one row."""
+    size = 1
+    for length in shape if len(shape) < 2 else shape[1:]:
+        size *= length
+    return max(1, size)
+
+
+class Stream(Protocol):
+    """Chunks of one tensor, or of all, with the stack as the earlier stages leave it."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the experts."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stack: float32, or float64 where the base is."""
+        ...
+
+    @property
+    def weights(self) -> Tensor:
+        """``(S,)`` weight of each row of the stack (of one tensor; all 1 in a stream of all)."""
+        ...
+
+    def map(self, function: Callable[[Chunk], T]) -> Iterable[T]:
+        """Apply ``function`` to every chunk, in parallel; results come in the chunks' order."""
+        ...
+
+    def numel(self) -> int:
+        """Elements of one task vector over all chunks."""
+        ...
+
+    def settings(self, schedule: Schedule) -> list[float]:
+        """A schedule's value for each expert; by name or depth only in a stream of one tensor."""
+        ...
+
+    def setting(self, schedule: Schedule) -> float:
+        """The value of a schedule that does not differ by expert."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a method.
+
+    Attributes:
+        name: for messages and records.
+        apply: ``(chunk, state) → (S', n)``; must not write to the chunk's tensors.
+        survey: gathers ``state`` from a stream, which may be read several times; None if not needed.
+        per: what one survey sees: each ``tensor`` by itself, just before it is merged, or the whole
+            ``model`` before the merge begins (one more pass over the files for each).
+        scope: how much of a tensor one call of ``apply`` must see.
+        keeps_tasks: row k of the result still belongs to expert k, so weights and learned
+            coefficients of the experts apply to it.
+    """
+
+    name: str
+    apply: Callable[[Chunk, Any], Tensor]
+    survey: Callable[[Stream], Any] | None = None
+    per: Literal["tensor", "model"] = "tensor"
+    scope: Scope = "element"
+    keeps_tasks: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """A chain of stages that ends in one vector.
+
+    Attributes:
+        name: as registered, or the names of a chain joined by ``+``.
+        transform: stages whose result still is a stack; learned coefficients build on these.
+        reduce: turns the stack into one vector; None is the weighted sum of its rows.
+        scale: default λ that the reduced vector is multiplied with.
+        normalise: divide the weighted sum by the sum of the weights (a weighted mean).
+        weighted: whether weights by expert are meaningful.
+        experts: least and largest number of experts; None is no limit.
+        seed: the seed that random choices derive from; None where nothing is random.
+    """
+
+    name: str
+    transform: tuple[Stage, ...] = ()
+    reduce: Stage | None = None
+    scale: float = 1.0
+    normalise: bool = False
+    weighted: bool = True
+    experts: tuple[int, int | None] = (1, None)
+    seed: int | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Transform and reducer, as they run."""
+        return (*self.transform, self.reduce or weighted_sum(self.normalise))
+
+    @property
+    def scope(self) -> Scope:
+        """The largest scope of any stage."""
+        return max((stage.scope for stage in self.stages), key=SCOPES.index)
+
+
+def weighted_sum(normalise: bool) -> Stage:
+    """The linear reducer: Σ w_k τ_k, or the weighted mean Σ w_k τ_k / Σ w_k."""
+
+    def apply(chunk: Chunk, _: None) -> Tensor:
+        weights = chunk.weights / chunk.weights.sum() if normalise else chunk.weights
+        return (weights @ chunk.stack).unsqueeze(0)
+
+    return Stage("weighted mean" if normalise else "weighted sum", apply, keeps_tasks=False)
+
+
+def chain(methods: Sequence[Method]) -> Method:
+    """Run methods one after the other on the same stack.
+
+    A plain weighted sum waits until the end, since it commutes with nothing lost; any other reducer (the
+    sign-elected mean of TIES) acts where it is written, and what follows sees one vector.
+    """
+    if len(methods) == 1:
+        return methods[0]
+    stages: list[Stage] = []
+    for method in methods[:-1]:
+        stages += method.transform
+        if method.reduce is not None:
+            stages.append(method.reduce)
+    last = methods[-1]
+    most = [limit for method in methods if (limit := method.experts[1]) is not None]
+    return replace(
+        last,
+        name="+".join(method.name for method in methods),
+        transform=(*stages, *last.transform),
+        normalise=last.normalise,
+        weighted=any(method.weighted for method in methods),
+        experts=(max(method.experts[0] for method in methods), min(most) if most else None),
+        seed=next((method.seed for method in methods if method.seed is not None), None),
+    )
+
+
+def run_stages(stages: Sequence[Stage], states: Sequence[Any], chunk: Chunk) -> Chunk:
+    """The chunk after all stages."""
+    for stage, state in zip(stages, states, strict=True):
+        stack = stage.apply(chunk, state)
+        chunk = chunk.with_stack(stack, chunk.weights if stage.keeps_tasks else None)
+    return chunk

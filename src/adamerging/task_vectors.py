@@ -1,0 +1,182 @@
+"""Base, experts and plan → the stack of task vectors of one tensor, piece by piece.
+
+The only module that matches the experts' tensors to the base's. It holds no tensor: the pieces are
+read from memory-mapped files (or computed from LoRA factors) when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .blocks import Place, places
+from .errors import NonFiniteError
+from .methods.stage import Chunk, Scope, row_size
+from .plan import Entry, Plan
+from .schedule import Schedule, value_at
+from .weights.source import Factors, Weights
+
+CHUNK_VALUES = 1 << 19
+"""How many values one piece of a stack holds, all experts together: 2 MiB in float32, the size of a cache."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One tensor of the base and of every expert, open but not read.
+
+    Attributes:
+        entry: its line of the plan.
+        base: flat view of the base's values, stored dtype.
+        experts: for each expert a flat view, LoRA factors, or None where the expert left it unchanged.
+    """
+
+    entry: Entry
+    base: Tensor
+    experts: tuple[Tensor | Factors | None, ...]
+
+
+@dataclass
+class TaskVectors:
+    """The task vectors of a merge, in pieces.
+
+    Args:
+        plan: what is merged.
+        base: the base's weights.
+        experts: the experts' weights by task; the order is the order of the rows of every stack.
+        weights: weight by expert, see `schedule`.
+        chunk_values: values of one piece of a stack, all experts together.
+        allow_nonfinite: merge NaN and infinity as they are instead of refusing them.
+    """
+
+    plan: Plan
+    base: Weights
+    experts: Mapping[str, Weights]
+    weights: Schedule = 1.0
+    chunk_values: int = CHUNK_VALUES
+    allow_nonfinite: bool = False
+    places: Mapping[str, Place] = field(init=False)
+    tasks: tuple[str, ...] = field(init=False)
+    changed: dict[str, set[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tasks = tuple(self.experts)
+        self.places = places(self.plan.entries)
+        self.changed = {task: set() for task in self.tasks}
+
+    def entries(self) -> list[Entry]:
+        """The entries that a method merges, in the base's order."""
+        return self.plan.with_treatment("merged")
+
+    def numel(self, entry: Entry) -> int:
+        """How many values of the tensor are merged (the shared rows, where a vocabulary grew)."""
+        if entry.shared_rows is None:
+            return entry.spec.numel
+        return entry.shared_rows * row_size(entry.spec.shape)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """The dtype of all arithmetic: float32, or float64 where the base is."""
+        return torch.float64 if entry.spec.dtype == torch.float64 else torch.float32
+
+    def open(self, entry: Entry) -> Opened:
+        """The tensor, ready to be read in pieces."""
+        opened: list[Tensor | Factors | None] = []
+        for task, weights in self.experts.items():
+            name = entry.sources.get(task)
+            if name is None:
+                opened.append(None)
+            elif name in weights.low_rank:
+                opened.append(weights.factors(name))
+            else:
+                opened.append(weights.read(name).reshape(-1))
+        return Opened(entry, self.base.read(entry.name).reshape(-1), tuple(opened))
+
+    def spans(self, entry: Entry, scope: Scope) -> Iterator[tuple[int, int]]:
+        """The pieces a tensor is read in: ranges of its flattened values that respect ``scope``."""
+        total = self.numel(entry)
+        step = max(1, self.chunk_values // max(1, len(self.tasks)))
+        size = row_size(entry.spec.shape)
+        if scope == "tensor":
+            step = max(1, total)
+        elif scope == "row" or size <= step:
+            step = max(size, step // size * size)
+        return ((start, min(start + step, total)) for start in range(0, total, step))
+
+    def read(self, opened: Opened, start: int, stop: int) -> Chunk:
+        """One piece of the stack of task vectors.
+
+        Raises:
+            NonFiniteError: NaN or infinity, with the tensors and experts that hold it.
+        """
+        entry, dtype = opened.entry, self.dtype(opened.entry)
+        base = opened.base[start:stop].to(dtype)
+        vectors = torch.empty(len(self.tasks), stop - start, dtype=dtype)
+        for row, source in enumerate(opened.experts):
+            if source is None:
+                vectors[row].zero_()
+            elif isinstance(source, Factors):
+                vectors[row] = _low_rank(source, start, stop, dtype)
+            else:
+                vectors[row].copy_(source[start:stop]).sub_(base)
+        self._inspect(entry, vectors)
+        place = self.places[entry.name]
+        weights = torch.tensor(
+            [value_at(self.weights, entry.name, place, task) for task in self.tasks], dtype=dtype
+        )
+        return Chunk(
+            entry.name, entry.spec.shape, start, stop, place, self.tasks, base, vectors, vectors, weights
+        )
+
+    def _inspect(self, entry: Entry, vectors: Tensor) -> None:
+        """Note which experts changed this tensor; refuse NaN and infinity (a sum shows both, cheaply)."""
+        for task, row, total in zip(self.tasks, vectors, vectors.sum(1).tolist(), strict=True):
+            if total == total and abs(total) != float("inf"):
+                if entry.name not in self.changed[task] and (total != 0.0 or bool(row.any())):
+                    self.changed[task].add(entry.name)
+            elif not self.allow_nonfinite and not bool(row.isfinite().all()):
+                raise NonFiniteError(self._describe_nonfinite())
+            else:
+                self.changed[task].add(entry.name)
+
+    def _describe_nonfinite(self, most: int = 10) -> str:
+        lines = []
+        for entry in self.entries():
+            opened = self.open(entry)
+            for label, source in [("the base", opened.base), *zip(self.tasks, opened.experts, strict=True)]:
+                values = (source.left, source.right) if isinstance(source, Factors) else (source,)
+                bad = sum(_count_nonfinite(value) for value in values if value is not None)
+                if bad:
+                    who = label if label == "the base" else f"expert '{label}'"
+                    lines.append(f"  - {entry.name} of {who}: {bad} of {entry.spec.numel} values")
+        more = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
+        return "\n".join(
+            ["NaN or infinity in weights that were to be merged:", *lines[:most], *more]
+            + [
+        weights = [value_at(self.weights, entry.name, place, task) for task in self.tasks]
+            ]
+        )
+
+    def unchanged(self) -> Sequence[str]:
+        """Names of merged tensors that turned out to be the base's in every expert (after a full read)."""
+        return [
+            entry.name
+            for entry in self.entries()
+            if not any(entry.name in names for names in self.changed.values())
+        ]
+
+
+def _count_nonfinite(values: Tensor, step: int = 1 << 22) -> int:
+    if not values.is_floating_point():
+        return 0
+    flat = values.reshape(-1)
+    return sum(int((~flat[i : i + step].isfinite()).sum()) for i in range(0, len(flat), step))
+
+
+def _low_rank(factors: Factors, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Values ``[start, stop)`` of the flattened ``scale · left @ right``; forms only the rows they lie in."""
+    columns = factors.right.shape[1]
+    first, last = start // columns, -(-stop // columns)
+    rows = (factors.left[first:last].to(dtype) * factors.scale) @ factors.right.to(dtype)
+    return rows.reshape(-1)[start - first * columns : stop - first * columns]
