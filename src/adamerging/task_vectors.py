@@ -123,7 +123,7 @@ class TaskVectors:
         self._inspect(entry, vectors)
         place = self.places[entry.name]
         weights = torch.tensor(
-            [value_at(self.weights, entry.name, place, task) for task in self.tasks], dtype=dtype
+            [value_at(self.weights, entry.name, place, t) for t in self.tasks], dtype=dtype
         )
         return Chunk(
             entry.name, entry.spec.shape, start, stop, place, self.tasks, base, vectors, vectors, weights
@@ -150,13 +150,10 @@ class TaskVectors:
                 if bad:
                     who = label if label == "the base" else f"expert '{label}'"
                     lines.append(f"  - {entry.name} of {who}: {bad} of {entry.spec.numel} values")
-        more = [f"  ... and {len(lines) - most} more"] if len(lines) > most else []
-        return "\n".join(
-            ["NaN or infinity in weights that were to be merged:", *lines[:most], *more]
-            + [
-        weights = [value_at(self.weights, entry.name, place, task) for task in self.tasks]
-            ]
-        )
+        if len(lines) > most:
+            lines = [*lines[:most], f"  ... and {len(lines) - most} more"]
+        remedy = "Repair or leave out these weights, exclude the tensors, or merge them as they are: allow_nonfinite."
+        return "\n".join(["NaN or infinity in weights that were to be merged:", *lines, remedy])
 
     def unchanged(self) -> Sequence[str]:
         """Names of merged tensors that turned out to be the base's in every expert (after a full read)."""
