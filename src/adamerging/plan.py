@@ -15,7 +15,6 @@ from .alignment import (
     Base,
     Expert,
     Selection,
-    check_quantised,
     compare_architecture,
     fits,
     number_kind,
@@ -180,8 +179,6 @@ def make_plan(
     """
     _check_options(experts, buffers, vocabulary)
     problems = Problems(base, experts)
-    for key, weights in ((None, base), *sorted(experts.items())):
-        check_quantised(key, weights, problems)
     view = Base(base)
     views = [view_expert(key, experts[key], view, heads, problems) for key in sorted(experts)]
     selection = Selection(include, exclude)
@@ -190,7 +187,7 @@ def make_plan(
     for expert in views:
         settle_unmatched(expert, view, selection, problems)
         settle_ties(expert, view, selection, head_entries, problems)
-        compare_architecture(expert, view, head_entries, problems)
+        compare_architecture(expert, view, selection, head_entries, problems)
     plan = _Planner(view, views, selection, head_entries, buffers, vocabulary, problems)
     entries = {name: plan.entry(name) for name in view.entries}
     problems.raise_if_any()
@@ -264,6 +261,7 @@ class _Planner:
             return Entry(name, "base", "complex", spec, {})
         missing = self._missing(name)
         if missing is not None:
+            self._compare_all(name, spec)
             return Entry(name, "base", missing, spec, {})
         sources = {e.key: e.hits[name][0] for e in self.experts if name in e.hits}
         rows = self._shared_rows(name, spec, sources)
@@ -286,9 +284,7 @@ class _Planner:
         if unselected is not None:
             return unselected
         if number_kind(spec) == "integer":
-            for expert in self.experts:
-                for stored in expert.hits.get(name, [])[:1]:
-                    self._compare(expert, name, stored, spec)
+            self._compare_all(name, spec)
             return "boolean" if str(spec.dtype) == "torch.bool" else "integer"
         if naming.is_statistics(name) and self.buffers == "base":
             return "BatchNorm statistics, the base's as asked"
@@ -310,15 +306,21 @@ class _Planner:
             self.problems.add(expert.key, "missing", name, str(self.base.entries[name]))
         return None
 
+    def _compare_all(self, name: str, spec: Spec) -> None:
+        for expert in self.experts:
+            for stored in expert.hits.get(name, [])[:1]:
+                self._compare(expert, name, stored, spec)
+
     def _compare(self, expert: Expert, name: str, stored: str, spec: Spec) -> None:
         """Note where an expert's tensor is not of the base's shape or kind of number."""
         theirs = expert.weights.specs[stored]
+        detail = f"{theirs}, base {spec}" + (f" ({stored} in the expert)" if stored != name else "")
         if number_kind(theirs) != number_kind(spec):
             kind = "complex" if theirs.dtype.is_complex else "dtype"
-            self.problems.add(expert.key, kind, stored, f"{theirs}, base {spec}")
+            self.problems.add(expert.key, kind, name, detail)
         elif not fits(theirs, spec, stored in expert.weights.low_rank):
             kind = "vocabulary" if self._is_vocabulary(expert, name, stored) else "shape"
-            self.problems.add(expert.key, kind, stored, f"{theirs}, base {spec}")
+            self.problems.add(expert.key, kind, name, detail)
 
     def _is_vocabulary(self, expert: Expert, name: str, stored: str) -> bool:
         """Whether two tensors differ in the number of rows of one vocabulary, and in nothing else."""
@@ -364,12 +366,7 @@ def _notes(
     entries: Mapping[str, Entry],
     extra_rows: Mapping[str, Mapping[str, tuple[int, int]]],
 ) -> Iterable[str]:
-    by_rule: dict[str, list[str]] = {}
-    for expert in experts:
-        if expert.heads:
-            by_rule.setdefault(expert.head_rule, []).append(expert.key)
-    for rule, keys in by_rule.items():
-        yield f"heads of {_list(keys)}: {rule}"
+    yield from _naming_notes(experts)
     absent = [entry.name for entry in entries.values() if entry.reason == "only in the base"]
     if absent:
         yield f"only in the base, and copied: {_list(absent)}"
@@ -378,8 +375,30 @@ def _notes(
     for expert in experts:
         yield from _expert_notes(expert, base, entries)
         if expert.key in extra_rows:
-            for name, (start, stop) in extra_rows[expert.key].items():
-                yield f"expert '{expert.key}': rows {start} to {stop} of {name} are not in the merged model"
+            grown = [f"{name} [{a}:{b}]" for name, (a, b) in extra_rows[expert.key].items()]
+            yield f"expert '{expert.key}': rows that the merged model does not hold: {_list(grown)}"
+    yield from _same_files(experts)
+
+
+def _naming_notes(experts: Sequence[Expert]) -> Iterable[str]:
+    by_prefix: dict[str, list[str]] = {}
+    by_rule: dict[str, list[str]] = {}
+    for expert in experts:
+        if expert.prefixes.expert:
+            rule = f"the prefix '{expert.prefixes.expert}' is removed from their names"
+            by_prefix.setdefault(rule, []).append(expert.key)
+        elif expert.prefixes.base:
+            rule = f"their names lack the base's prefix '{expert.prefixes.base}'"
+            by_prefix.setdefault(rule, []).append(expert.key)
+        if expert.heads:
+            by_rule.setdefault(expert.head_rule, []).append(expert.key)
+    for rule, keys in by_prefix.items():
+        yield f"experts {_list(keys)}: {rule}"
+    for rule, keys in by_rule.items():
+        yield f"heads of {_list(keys)}: {rule}"
+
+
+def _same_files(experts: Sequence[Expert]) -> Iterable[str]:
     files: dict[tuple[Any, ...], list[str]] = {}
     for expert in experts:
         if expert.weights.files:
@@ -391,10 +410,6 @@ def _notes(
 
 def _expert_notes(expert: Expert, base: Base, entries: Mapping[str, Entry]) -> Iterable[str]:
     who = f"expert '{expert.key}'"
-    if expert.prefixes.expert:
-        yield f"{who}: the prefix '{expert.prefixes.expert}' is removed from its names"
-    if expert.prefixes.base:
-        yield f"{who}: its names lack the base's prefix '{expert.prefixes.base}'"
     for first, second in expert.checks:
         yield f"{who}: {second} is a tied copy of {first}; equality is checked while streaming"
     ties = [t[0] for entry, t in expert.hits.items() if t[0] in expert.weights.low_rank and entry in entries]
