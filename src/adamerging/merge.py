@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,8 +65,9 @@ def merged_pieces(
     *,
     scale: Schedule | None = None,
     dtype: torch.dtype | None = None,
+    order: Sequence[str] | None = None,
 ) -> Iterator[Piece]:
-    """Every tensor of the merged body, in the order of the plan, in pieces.
+    """Every tensor of the merged body, one after the other, in pieces.
 
     Arithmetic is in float32 (float64 for a float64 base) with one rounding, to ``dtype``.
 
@@ -76,6 +77,7 @@ def merged_pieces(
         workers: threads.
         scale: λ; the method's own default when None.
         dtype: of the floating-point output tensors; the base's own when None.
+        order: names of the tensors in the wanted order; the plan's when None.
 
     Raises:
         UsageError: see `check_method`.
@@ -91,7 +93,8 @@ def merged_pieces(
         return Piece(entry, torch.add(chunk.base, chunk.stack[0], alpha=factor).to(target))
 
     def jobs() -> Iterator[Callable[[], Piece]]:
-        for entry in vectors.plan.entries.values():
+        for name in order or vectors.plan.entries:
+            entry = vectors.plan.entries[name]
             target = output_dtype(entry, dtype)
             if entry.treatment == "merged":
                 for compute in pipeline.chunks(entry):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .methods.stage import SCOPES, Chunk, Method, Scope, Stage, run_stages
+from .methods.stage import SCOPES, Chunk, Scope, Stage, run_stages
 from .plan import Entry
 from .schedule import Schedule, value_at
 from .task_vectors import Opened, TaskVectors
@@ -188,8 +188,3 @@ class Pipeline:
         """The pieces of one tensor, each a function that computes it; run them with `Workers.map`."""
         for job in jobs(self.vectors, self.workers, self.stages, self.states, entry, self.scope):
             yield partial(_last, self.stages, job)
-
-
-def passes(method: Method) -> int:
-    """How many times a merge by this method reads the files, for estimates."""
-    return 1 + sum(2 if stage.name == "trim" else 1 for stage in method.stages if stage.survey is not None)

@@ -6,7 +6,7 @@ read from memory-mapped files (or computed from LoRA factors) when they are aske
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,7 @@ class TaskVectors:
         weights: weight by expert, see `schedule`.
         chunk_values: values of one piece of a stack, all experts together.
         allow_nonfinite: merge NaN and infinity as they are instead of refusing them.
+        on_read: told how many values of each task vector were read, for progress; called from any thread.
     """
 
     plan: Plan
@@ -57,6 +58,7 @@ class TaskVectors:
     weights: Schedule = 1.0
     chunk_values: int = CHUNK_VALUES
     allow_nonfinite: bool = False
+    on_read: Callable[[int], None] | None = None
     places: Mapping[str, Place] = field(init=False)
     tasks: tuple[str, ...] = field(init=False)
     changed: dict[str, set[str]] = field(init=False)
@@ -121,6 +123,8 @@ class TaskVectors:
             else:
                 vectors[row].copy_(source[start:stop]).sub_(base)
         self._inspect(entry, vectors)
+        if self.on_read is not None:
+            self.on_read(stop - start)
         place = self.places[entry.name]
         weights = torch.tensor(
             [value_at(self.weights, entry.name, place, t) for t in self.tasks], dtype=dtype
@@ -152,7 +156,7 @@ class TaskVectors:
                     lines.append(f"  - {entry.name} of {who}: {bad} of {entry.spec.numel} values")
         if len(lines) > most:
             lines = [*lines[:most], f"  ... and {len(lines) - most} more"]
-        remedy = "Repair or leave out these weights, exclude the tensors, or merge them as they are: allow_nonfinite."
+        remedy = "Repair or leave out these weights, exclude the tensors, or ask for them: allow_nonfinite."
         return "\n".join(["NaN or infinity in weights that were to be merged:", *lines, remedy])
 
     def unchanged(self) -> Sequence[str]:

@@ -66,7 +66,7 @@ def middle_of_tensor(density: Fraction, outliers: Fraction) -> Stage:
             ]
         )
 
-    return Stage("keep the middle of each tensor", apply, survey)
+    return Stage("keep the middle of each tensor", apply, survey, reads=4)
 
 
 def middle_of_rows(density: Fraction, outliers: Fraction) -> Stage:

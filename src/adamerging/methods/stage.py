@@ -124,6 +124,7 @@ class Stage:
         survey: gathers ``state`` from a stream, which may be read several times; None if not needed.
         per: what one survey sees: each ``tensor`` by itself, just before it is merged, or the whole
             ``model`` before the merge begins (one more pass over the files for each).
+        reads: how many times the survey reads its stream, for estimates.
         scope: how much of a tensor one call of ``apply`` must see.
         keeps_tasks: row k of the result still belongs to expert k, so weights and learned
             coefficients of the experts apply to it.
@@ -133,6 +134,7 @@ class Stage:
     apply: Callable[[Chunk, Any], Tensor]
     survey: Callable[[Stream], Any] | None = None
     per: Literal["tensor", "model"] = "tensor"
+    reads: int = 1
     scope: Scope = "element"
     keeps_tasks: bool = True
 
@@ -167,9 +169,9 @@ class Method:
         return (*self.transform, self.reduce or weighted_sum(self.normalise))
 
     @property
-    def scope(self) -> Scope:
-        """The largest scope of any stage."""
-        return max((stage.scope for stage in self.stages), key=SCOPES.index)
+    def reads(self) -> int:
+        """How many times a merge reads the task vectors."""
+        return 1 + sum(stage.reads for stage in self.stages if stage.survey is not None)
 
 
 def weighted_sum(normalise: bool) -> Stage:

@@ -1,0 +1,65 @@
+"""The model card: what was merged and how, with the metadata the hub expects of a merge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """A README.md for the merged model, from the run's record alone."""
+    sources = [record["base"], *record["experts"].values()]
+    ids = [source["hub_id"] for source in sources if source.get("hub_id")]
+    fields: dict[str, Any] = {"library_name": "transformers"} if record["config"] else {}
+    if ids:
+        fields |= {"base_model": ids, "base_model_relation": "merge"}
+    fields["tags"] = ["merge", "adamerging"]
+    front = yaml.safe_dump(fields, sort_keys=False)
+    experts = "\n".join(
+        f"| {_cell(task)} | {_cell(source['label'])} | {record['plan']['heads'].get(task, {}).get('tensors', 0)} |"
+        for task, source in record["experts"].items()
+    )
+    counts = "\n".join(
+        f"| {treatment} | {count['tensors']} | {count['parameters']:,} |"
+        for treatment, count in record["plan"]["treatments"].items()
+    )
+    recipe = yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True)
+    return f"""---
+{front}---
+
+# Merged model
+
+{len(record["experts"])} experts merged into one model with the method `{record["method"]}`
+by [adamerging](https://pypi.org/project/adamerging/) {record["versions"]["adamerging"]}.
+
+Base: `{record["base"]["label"]}`
+
+| expert | from | tensors kept as its head |
+|---|---|---|
+{experts}
+
+| treatment | tensors | parameters |
+|---|---|---|
+{counts}
+
+Recipe:
+
+```yaml
+{recipe}```
+
+`run.json` beside this file holds versions, seeds and the sha256 of every input and output.
+"""
+
+
+def hub_id(label: str) -> str | None:
+    """The hub id in a label, without its revision; None for local paths."""
+    return label.split("@")[0] if _HUB_ID.match(label) and not label.startswith(".") else None
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

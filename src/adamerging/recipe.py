@@ -1,0 +1,227 @@
+"""The recipe: everything a merge needs, as one typed YAML file.
+
+Every field has a flag of the same name at the command line and a keyword of the same name in Python.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UsageError
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+M = TypeVar("M", bound=BaseModel)
+Allowance = Literal["unrelated", "nonfinite"]
+
+
+class Settings(BaseModel):
+    """How to merge: all of a recipe but what is merged and where it goes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    method: str | list[str | dict[str, dict[str, Any] | None]] = Field(
+        "task_arithmetic",
+        description="A method's name, or a list of methods run one after the other on the same task vectors: "
+        "a name, or {name: {option: value}}.",
+    )
+    options: dict[str, Any] = Field({}, description="Options of the method (of the last one of a list).")
+    scale: Any = Field(
+        None, description="λ that the merged task vector is multiplied with; the method's default when unset."
+    )
+    weights: Any = Field(
+        1.0, description="Weight by expert; a number, {expert: weight}, by name or over depth."
+    )
+    include: list[str] = Field(
+        [], description="Merge only tensors whose base name matches one of these patterns."
+    )
+    exclude: list[str] = Field([], description="Take tensors matching one of these patterns from the base.")
+    heads: list[str] | None = Field(
+        None,
+        description="Patterns of tensors kept per task; found from the model class when unset, [] for none.",
+    )
+    buffers: Literal["average", "base", "method"] = Field(
+        "average",
+        description="BatchNorm statistics: mean of the experts, the base's, or merged like weights.",
+    )
+    vocabulary: Literal["refuse", "shared"] = Field(
+        "refuse", description="Experts whose vocabulary grew: refuse, or merge the rows that all share."
+    )
+    tokenizer: str = Field(
+        "base", description="Tokenizer of the result: base, union, or the name of an expert."
+    )
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
+        None, description="Dtype of the merged weights; the base's when unset."
+    )
+    allow: list[Allowance] = Field(
+        [],
+        description="Go on in spite of: unrelated (weights that do not look fine-tuned from this base), nonfinite.",
+    )
+    threads: int | None = Field(None, ge=1, description="Threads; as many as torch uses when unset.")
+
+    @field_validator("method")
+    @classmethod
+    def _one_method_an_item(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            if not value:
+                raise ValueError("the list of methods is empty")
+            for item in value:
+                if isinstance(item, dict) and len(item) != 1:
+                    raise ValueError(
+                        f"an item of the list names one method, got: {', '.join(item) or 'none'}"
+                    )
+        return value
+
+    def chain(self) -> list[tuple[str, dict[str, Any]]]:
+        """The methods with their options, in order."""
+        items = [self.method] if isinstance(self.method, str) else self.method
+        steps: list[tuple[str, dict[str, Any]]] = []
+        for item in items:
+            steps.extend(
+                [(item, {})] if isinstance(item, str) else [(n, dict(o or {})) for n, o in item.items()]
+            )
+        name, options = steps[-1]
+        steps[-1] = (name, {**options, **self.options})
+        return steps
+
+
+class Expert(BaseModel):
+    """One expert of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    path: str = Field(description="File, folder, LoRA adapter folder, or hub id (org/name@revision).")
+    weight: Any = Field(1.0, description="Its weight: a number, by name or over depth.")
+
+
+class Recipe(Settings):
+    """What is merged, how, and where the result goes."""
+
+    base: str = Field(description="The base: file, folder, or hub id (org/name@revision).")
+    experts: dict[str, Expert] = Field(description="Experts by task name: a path, or {path, weight}.")
+    out: str | None = Field(None, description="Folder to write; it must not exist.")
+    overwrite: bool = Field(False, description="Replace the output folder of an earlier run.")
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: {"path": item} if isinstance(item, str) else item for name, item in value.items()}
+        return value
+
+    def weights_by_expert(self) -> Any:
+        """One schedule from `weights` and the experts' own.
+
+        Raises:
+            UsageError: both are given.
+        """
+        own = {name: expert.weight for name, expert in self.experts.items()}
+        if all(weight == 1.0 for weight in own.values()):
+            return self.weights
+        if self.weights != 1.0:
+            raise UsageError(
+                "weights are given both under 'weights' and with the experts; give them in one place"
+            )
+        return own
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe; paths in it are relative to its folder.
+
+    Args:
+        path: the YAML file.
+        overrides: fields that replace the file's (flags of the command line); paths in them are taken as
+            they are.
+
+    Raises:
+        UsageError: not readable, not YAML, a key given twice, unknown keys (the nearest known one is
+            named), or values of the wrong kind; all in one message.
+    """
+    path = Path(path)
+    fields = read_yaml(path)
+    for key in ("base", "out"):
+        if isinstance(fields.get(key), str):
+            fields[key] = _beside(path, fields[key])
+    experts = fields.get("experts")
+    if isinstance(experts, dict):
+        for name, expert in experts.items():
+            if isinstance(expert, str):
+                experts[name] = _beside(path, expert)
+            elif isinstance(expert, dict) and isinstance(expert.get("path"), str):
+                expert["path"] = _beside(path, expert["path"])
+    return make(Recipe, {**fields, **(overrides or {})}, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        UsageError: as `load_recipe`.
+    """
+    try:
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a readable YAML file: {error}") from None
+    if not isinstance(fields, dict):
+        raise UsageError(f"{path} must hold keys and values, such as 'base: path/to/base'")
+    return fields
+
+
+def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
+    """Validate fields as a pydantic model; every problem in one `UsageError`.
+
+    Raises:
+        UsageError: names each field, the value found, what is wrong, and for unknown keys the nearest known.
+    """
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        raise UsageError(
+            f"{where}:\n" + "\n".join(f"  - {_explain(model, item)}" for item in error.errors())
+        ) from None
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = (
+            Expert.model_fields
+            if problem["loc"][0] == "experts" and len(problem["loc"]) > 2
+            else model.model_fields
+        )
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
+        return f"unknown key '{key}'" + (
+            f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+        )
+    if problem["type"] == "missing":
+        return f"'{key}' is missing"
+    return f"{key} (={problem['input']!r}): {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _beside(recipe: Path, value: str) -> str:
+    """A path that exists beside the recipe, else the value itself (a hub id, or a path to be reported)."""
+    candidate = recipe.parent / value
+    looks_local = value.startswith((".", "/", "~")) or value.endswith("/") or value.count("/") != 1
+    return str(candidate) if candidate.exists() or (looks_local and not Path(value).is_absolute()) else value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, not the last one winning silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
