@@ -1,3 +1,71 @@
 """Merge experts fine-tuned from one base into one multi-task model, with no training data."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        AdamergingError,
+        MissingExtraError,
+        NonFiniteError,
+        OutputError,
+        PlanError,
+        UnsafeFileError,
+        UsageError,
+        WeightsError,
+    )
+    from .plan import Plan, make_plan
+    from .recipe import Recipe, load_recipe
+    from .run import MergeResult, merge
+    from .weights import open_weights
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "AdamergingError": "errors",
+    "MissingExtraError": "errors",
+    "NonFiniteError": "errors",
+    "OutputError": "errors",
+    "PlanError": "errors",
+    "UnsafeFileError": "errors",
+    "UsageError": "errors",
+    "WeightsError": "errors",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "MergeResult": "run",
+    "merge": "run",
+    "open_weights": "weights",
+}
+
+__all__ = [
+    "AdamergingError",
+    "MergeResult",
+    "MissingExtraError",
+    "NonFiniteError",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "UnsafeFileError",
+    "UsageError",
+    "WeightsError",
+    "load_recipe",
+    "make_plan",
+    "merge",
+    "open_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for when it is asked for: importing the package must not load torch."""
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

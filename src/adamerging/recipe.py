@@ -60,7 +60,7 @@ class Settings(BaseModel):
     )
     allow: list[Allowance] = Field(
         [],
-        description="Go on in spite of: unrelated (weights that do not look fine-tuned from this base), nonfinite.",
+        description="Go on in spite of: unrelated (weights do not look fine-tuned from this base), nonfinite.",
     )
     threads: int | None = Field(None, ge=1, description="Threads; as many as torch uses when unset.")
 

@@ -48,4 +48,6 @@ def relatedness(vectors: TaskVectors) -> Mapping[str, Relatedness]:
         found = torch.nn.functional.cosine_similarity(experts, chunk.base.double()[None], dim=1)
         for task, cosine in zip(vectors.tasks, found.tolist(), strict=True):
             cosines[task].append(cosine)
-    return {task: Relatedness(sum(values) / len(values) if values else 1.0) for task, values in cosines.items()}
+    return {
+        task: Relatedness(sum(values) / len(values) if values else 1.0) for task, values in cosines.items()
+    }

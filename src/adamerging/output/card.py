@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -21,14 +22,15 @@ def model_card(record: Mapping[str, Any]) -> str:
     fields["tags"] = ["merge", "adamerging"]
     front = yaml.safe_dump(fields, sort_keys=False)
     experts = "\n".join(
-        f"| {_cell(task)} | {_cell(source['label'])} | {record['plan']['heads'].get(task, {}).get('tensors', 0)} |"
+        f"| {_cell(task)} | {_cell(_name(source))} | {record['plan']['heads'][task]['tensors']} |"
         for task, source in record["experts"].items()
     )
     counts = "\n".join(
         f"| {treatment} | {count['tensors']} | {count['parameters']:,} |"
         for treatment, count in record["plan"]["treatments"].items()
     )
-    recipe = yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True)
+    named = {"base": _name(record["base"]), "experts": {t: _name(s) for t, s in record["experts"].items()}}
+    recipe = yaml.safe_dump({**record["recipe"], **named}, sort_keys=False, allow_unicode=True)
     return f"""---
 {front}---
 
@@ -37,7 +39,7 @@ def model_card(record: Mapping[str, Any]) -> str:
 {len(record["experts"])} experts merged into one model with the method `{record["method"]}`
 by [adamerging](https://pypi.org/project/adamerging/) {record["versions"]["adamerging"]}.
 
-Base: `{record["base"]["label"]}`
+Base: `{_name(record["base"])}`
 
 | expert | from | tensors kept as its head |
 |---|---|---|
@@ -59,6 +61,11 @@ Recipe:
 def hub_id(label: str) -> str | None:
     """The hub id in a label, without its revision; None for local paths."""
     return label.split("@")[0] if _HUB_ID.match(label) and not label.startswith(".") else None
+
+
+def _name(source: Mapping[str, Any]) -> str:
+    """The hub id, or a local folder's own name: a card is published, the author's paths are not."""
+    return source["hub_id"] or PurePath(source["label"]).name
 
 
 def _cell(text: str) -> str:

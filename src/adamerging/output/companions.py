@@ -52,7 +52,9 @@ def _module_parts(folder: Path) -> set[str]:
     """Subfolders that ``modules.json`` names, without the encoder itself."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        return {m["path"] for m in modules if m.get("path") and not m.get("type", "").endswith(".Transformer")}
+        return {
+            m["path"] for m in modules if m.get("path") and not m.get("type", "").endswith(".Transformer")
+        }
     except (OSError, ValueError, TypeError, KeyError):
         return set()
 

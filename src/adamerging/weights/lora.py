@@ -57,11 +57,13 @@ INIT_NAMES: tuple[tuple[str, str], ...] = (
 
 # Tensor names that no supported option writes: what ends so → its name in messages. First match wins.
 FOREIGN_TENSORS: tuple[tuple[str, str], ...] = (
+    # PEFT adds the change of the out-projection twice, in training too (peft PR 3774); releases will differ.
+    (r"\.base_layer\.out_proj\.lora_[AB](\..+)?", "LoRA on nn.MultiheadAttention"),
     (r"\.lora_magnitude_vector(\..+)?", "DoRA (lora_magnitude_vector)"),
     (r"\.lora_B(\.[^.]+)?\.bias", "a bias inside LoRA (lora_bias)"),
     (r"\.trainable_tokens_delta(\..+)?", "trainable tokens"),
     (r"\.lora_E(\..+)?", "AdaLoRA"),
-    (r"\.lora_[^.]+(\..+)?", "a kind of LoRA that is not known here"),
+    (r"\.lora_(?!(embedding_)?[AB](\.|$))[^.]+(\..+)?", "a kind of LoRA that is not known here"),
 )
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
@@ -229,27 +231,19 @@ def _weight_file(folder: Path, path: Path) -> Path:
 def _classify(stored: Weights) -> tuple[dict[str, _Change], dict[str, str], dict[str, str], list[str]]:
     """Sort the file's tensors: changes, full tensors, copies of the base under a change; and problems."""
     names = [*stored.specs, *stored.aliases]
-    attentions = {
-        name.removeprefix(PREFIX).partition(".base_layer.out_proj.lora_")[0]
-        for name in names
-        if ".base_layer.out_proj.lora_" in name
-    }
     changes: dict[str, _Change] = {}
     full: dict[str, str] = {}
     foreign: dict[str, list[str]] = {}
     for original in names:
         name = original.removeprefix(PREFIX)
-        factor = FACTOR.fullmatch(name)
-        if factor:
-            module = factor["module"]
-            # nn.MultiheadAttention keeps its in-projection by itself
-            target = f"{module}.in_proj_weight" if module in attentions else _unwrapped(f"{module}.weight")
-            change = changes.setdefault(target, _Change(module.split(".base_layer")[0], bool(factor["kind"])))
-            change.stored[factor["side"]] = original
-            continue
         what = next((what for ending, what in FOREIGN_TENSORS if re.search(ending + "$", name)), None)
+        factor = FACTOR.fullmatch(name)
         if what:
             foreign.setdefault(what, []).append(name)
+        elif factor:
+            target = _unwrapped(f"{factor['module']}.weight")
+            change = changes.setdefault(target, _Change(factor["module"], bool(factor["kind"])))
+            change.stored[factor["side"]] = original
         elif ".original_module." not in name:
             plain = _unwrapped(name)
             if plain == name or plain not in full:  # bias="all" writes a saved module's bias twice

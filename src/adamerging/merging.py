@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from .errors import UsageError
 from .methods.stage import Chunk, Method
 from .plan import Entry
 from .schedule import Schedule, check, value_at
-from .stream import Pipeline, Workers
+from .stream import Pipeline
 from .task_vectors import TaskVectors
 
 
@@ -59,41 +59,34 @@ def check_method(method: Method, vectors: TaskVectors, scale: Schedule | None) -
 
 
 def merged_pieces(
-    vectors: TaskVectors,
-    method: Method,
-    workers: Workers,
+    pipeline: Pipeline,
+    names: Iterable[str],
     *,
-    scale: Schedule | None = None,
+    scale: Schedule = 1.0,
     dtype: torch.dtype | None = None,
-    order: Sequence[str] | None = None,
 ) -> Iterator[Piece]:
-    """Every tensor of the merged body, one after the other, in pieces.
+    """Tensors of the merged body, one after the other, in pieces.
 
     Arithmetic is in float32 (float64 for a float64 base) with one rounding, to ``dtype``.
 
     Args:
-        vectors: base, experts and plan.
-        method: stages and reducer.
-        workers: threads.
-        scale: λ; the method's own default when None.
+        pipeline: the method's stages over base, experts and plan.
+        names: of the tensors, in the wanted order.
+        scale: λ.
         dtype: of the floating-point output tensors; the base's own when None.
-        order: names of the tensors in the wanted order; the plan's when None.
 
     Raises:
-        UsageError: see `check_method`.
         NonFiniteError: NaN or infinity in base or experts.
     """
-    check_method(method, vectors, scale)
-    chosen: Schedule = method.scale if scale is None else scale
-    pipeline = Pipeline(vectors, method.stages, workers)
+    vectors = pipeline.vectors
 
     def merge(compute: Callable[[], Chunk], entry: Entry, target: torch.dtype) -> Piece:
         chunk = compute()
-        factor = value_at(chosen, chunk.name, chunk.place)
+        factor = value_at(scale, chunk.name, chunk.place)
         return Piece(entry, torch.add(chunk.base, chunk.stack[0], alpha=factor).to(target))
 
     def jobs() -> Iterator[Callable[[], Piece]]:
-        for name in order or vectors.plan.entries:
+        for name in names:
             entry = vectors.plan.entries[name]
             target = output_dtype(entry, dtype)
             if entry.treatment == "merged":
@@ -107,7 +100,7 @@ def merged_pieces(
             else:
                 yield partial(_copied, vectors, entry, 0, target)
 
-    return workers.map(lambda job: job(), jobs())
+    return pipeline.workers.map(lambda job: job(), jobs())
 
 
 def output_dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:

@@ -1,0 +1,381 @@
+"""A merge from start to end: open, plan, check, merge, write. Orchestration only."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .errors import PlanError, UsageError
+from .merging import check_method, merged_pieces, output_dtype
+from .methods import Method, chain, make_method
+from .output.card import hub_id, model_card
+from .output.companions import companions, with_dtype
+from .output.folder import RECORD, OutputFolder
+from .output.tensors import TensorWriter, index_json, sharded, write_tensors
+from .plan import Plan, make_plan
+from .recipe import Recipe, Settings, make
+from .relatedness import UNRELATED, Relatedness, relatedness
+from .stream import Pipeline, Workers
+from .task_vectors import TaskVectors
+from .weights import Fingerprint, Spec, Weights, open_weights
+
+Progress = Callable[[int, int], None]
+"""Called with (values read so far, values to read); from any thread."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Opened, planned and checked: everything that is known before a tensor is merged.
+
+    Attributes:
+        settings: how to merge.
+        method: the method, or chain of methods.
+        vectors: base, experts and plan.
+        relatedness: how each expert lies to the base.
+        files: the output's weight files, each with the name, shape and dtype of its tensors.
+    """
+
+    settings: Settings
+    method: Method
+    vectors: TaskVectors
+    relatedness: Mapping[str, Relatedness]
+    files: Mapping[str, Mapping[str, Spec]]
+
+    @property
+    def plan(self) -> Plan:
+        """The merge plan."""
+        return self.vectors.plan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's tensors, heads included."""
+        body = sum(spec.nbytes for specs in self.files.values() for spec in specs.values())
+        return body + sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
+
+    @property
+    def reads(self) -> int:
+        """Values of each task vector that the merge reads, all passes together."""
+        return self.method.reads * sum(self.vectors.numel(entry) for entry in self.vectors.entries())
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge gives back.
+
+    Attributes:
+        plan: what happened to each tensor.
+        record: what ``run.json`` holds.
+        out: the folder, when one was written.
+        body: the merged body by tensor name, when none was written.
+        heads: for each task its own tensors by name, when no folder was written.
+    """
+
+    plan: Plan
+    record: Mapping[str, Any]
+    out: Path | None = None
+    body: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+
+
+def merge(
+    base: Any,
+    experts: Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> MergeResult:
+    """Merge experts into one model.
+
+    Args:
+        base: path, hub id, state dict or module of the pre-trained model; never changed.
+        experts: the same by task name; also LoRA adapters over the base.
+        out: folder to write, which must not exist; without it the result stays in memory.
+        overwrite: replace the folder of an earlier run.
+        progress: called with (values read, values to read).
+        settings: any field of `recipe.Settings`: method, options, scale, weights, ...
+
+    Raises:
+        UsageError: a setting that cannot be right.
+        WeightsError: something that cannot be opened.
+        PlanError: base and experts do not belong together; every mismatch is listed.
+        NonFiniteError: NaN or infinity in the weights.
+        OutputError: the folder cannot be written.
+    """
+    prepared = prepare(base, experts, make(Settings, settings, "settings of merge"))
+    return execute(prepared, out=out, overwrite=overwrite, progress=progress)
+
+
+def run_recipe(recipe: Recipe, *, progress: Progress | None = None) -> MergeResult:
+    """Merge as a recipe says. Raises as `merge`."""
+    return execute(prepare_recipe(recipe), out=recipe.out, overwrite=recipe.overwrite, progress=progress)
+
+
+def prepare_recipe(recipe: Recipe) -> Prepared:
+    """Open, plan and check as a recipe says. Raises as `merge`."""
+    fields = recipe.model_dump(include=set(Settings.model_fields))
+    settings = Settings.model_validate({**fields, "weights": recipe.weights_by_expert()})
+    return prepare(recipe.base, {name: expert.path for name, expert in recipe.experts.items()}, settings)
+
+
+def prepare(base: Any, experts: Mapping[str, Any], settings: Settings) -> Prepared:
+    """Open, plan and check; reads no more than a sample of the weights. Raises as `merge`."""
+    method = chain([make_method(name, options) for name, options in settings.chain()])
+    _check_task_names(experts)
+    opened_base = open_weights(base)
+    opened = {task: open_weights(source, base=opened_base) for task, source in experts.items()}
+    plan = make_plan(
+        opened_base,
+        opened,
+        include=settings.include,
+        exclude=settings.exclude,
+        heads=settings.heads,
+        buffers=settings.buffers,
+        vocabulary=settings.vocabulary,
+    )
+    vectors = TaskVectors(
+        plan, opened_base, opened, weights=settings.weights, allow_nonfinite="nonfinite" in settings.allow
+    )
+    check_method(method, vectors, settings.scale)
+    _check_ties(vectors)
+    related = relatedness(vectors)
+    if "unrelated" not in settings.allow:
+        _refuse_unrelated(vectors, related)
+    dtype = _dtype(settings)
+    specs = {name: Spec(entry.spec.shape, output_dtype(entry, dtype)) for name, entry in plan.entries.items()}
+    return Prepared(settings, method, vectors, related, sharded(specs, opened_base.shards))
+
+
+def execute(
+    prepared: Prepared,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge what was prepared. Raises as `merge`."""
+    started = time.perf_counter()
+    vectors = prepared.vectors
+    if progress is not None:
+        vectors.on_read = _Counter(prepared.reads, progress)
+    if out is None:
+        body, heads = _in_memory(prepared)
+        return MergeResult(prepared.plan, _record(prepared, started), body=body, heads=heads)
+    inputs = [vectors.base, *vectors.experts.values()]
+    paths = [
+        path for weights in inputs for path in (*weights.files, *([weights.folder] if weights.folder else []))
+    ]
+    with OutputFolder(out, overwrite=overwrite, inputs=paths) as folder:
+        folder.require(prepared.nbytes)
+        prints = {path: Fingerprint(path) for weights in inputs for path in weights.files}
+        outputs = _write_body(prepared, folder) | _write_heads(prepared, folder)
+        _write_companions(prepared, folder)
+        hashes = {path: found.hexdigest() for path, found in prints.items()}
+        record = _record(prepared, started, hashes, outputs)
+        folder.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        folder.write_text("README.md", model_card(record))
+        folder.commit()
+    return MergeResult(prepared.plan, record, out=folder.target)
+
+
+def _pipeline(prepared: Prepared, workers: Workers) -> tuple[Pipeline, dict[str, Any]]:
+    """The surveyed method, and the keywords of `merged_pieces`."""
+    settings, method = prepared.settings, prepared.method
+    scale = method.scale if settings.scale is None else settings.scale
+    return Pipeline(prepared.vectors, method.stages, workers), {"scale": scale, "dtype": _dtype(settings)}
+
+
+def _write_body(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
+    """Stream the merged tensors into the weight files; sha256 by file name."""
+    metadata = {"format": "pt", **prepared.vectors.base.metadata, **prepared.plan.aliases}
+    hashes: dict[str, str] = {}
+    with Workers(prepared.settings.threads) as workers:
+        pipeline, keywords = _pipeline(prepared, workers)
+        for file, specs in prepared.files.items():
+            with TensorWriter(folder.path / file, specs, metadata) as writer:
+                for piece in merged_pieces(pipeline, specs, **keywords):
+                    writer.write(piece.values)
+            hashes[file] = writer.sha256
+    if len(prepared.files) > 1:
+        total = sum(spec.nbytes for specs in prepared.files.values() for spec in specs.values())
+        folder.write_text(
+            "model.safetensors.index.json",
+            index_json({file: list(specs) for file, specs in prepared.files.items()}, total),
+        )
+    return hashes
+
+
+def _in_memory(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    specs = {name: spec for file in prepared.files.values() for name, spec in file.items()}
+    parts: dict[str, list[Tensor]] = {name: [] for name in specs}
+    with Workers(prepared.settings.threads) as workers:
+        pipeline, keywords = _pipeline(prepared, workers)
+        for piece in merged_pieces(pipeline, specs, **keywords):
+            parts[piece.entry.name].append(piece.values)
+    body = {
+        name: (torch.cat(values) if values else torch.empty(0, dtype=specs[name].dtype)).reshape(
+            specs[name].shape
+        )
+        for name, values in parts.items()
+    }
+    body |= {alias: body[name] for alias, name in prepared.plan.aliases.items()}
+    return {name: body[name] for name in sorted(body)}, {
+        task: _head(prepared, task) for task in prepared.plan.heads
+    }
+
+
+def _head(prepared: Prepared, task: str) -> dict[str, Tensor]:
+    """The tensors kept for one task, as in its expert."""
+    vectors = prepared.vectors
+    expert, prefixes = vectors.experts[task], prepared.plan.prefixes[task]
+    head = {}
+    for name in prepared.plan.heads[task]:
+        if name in expert.low_rank:  # a change of a head that the base owns
+            factors = expert.factors(name)
+            own_name = prefixes.to_base(name, vectors.base.specs.__contains__)
+            assert own_name is not None
+            own = vectors.base.read(own_name)
+            change = (factors.left.float() * factors.scale) @ factors.right.float()
+            head[name] = (own.float() + change.reshape(own.shape)).to(own.dtype)
+        else:
+            head[name] = expert.read(name).clone()
+    return head
+
+
+def _write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
+    """One folder a task: its head's tensors and the expert's configuration; sha256 by file name."""
+    hashes = {}
+    for task in prepared.plan.heads:
+        expert = prepared.vectors.experts[task]
+        tensors = _head(prepared, task)
+        if tensors:
+            name = f"heads/{task}/head.safetensors"
+            (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+            hashes[name] = write_tensors(folder.path / name, tensors, {"format": "pt"})
+        if expert.config is not None:
+            folder.write_text(
+                f"heads/{task}/config.json", json.dumps(expert.config, indent=2, ensure_ascii=False)
+            )
+    return hashes
+
+
+def _write_companions(prepared: Prepared, folder: OutputFolder) -> None:
+    """Configuration, tokenizer and whatever else small belongs to the base."""
+    base = prepared.vectors.base
+    if base.folder is not None:
+        for path, name in companions(base.folder):
+            folder.copy(path, name)
+    if base.config is not None:
+        config = with_dtype(base.config, prepared.settings.dtype)
+        folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_task_names(experts: Mapping[str, Any]) -> None:
+    if not experts:
+        raise UsageError("no experts: give at least one, as name=path")
+    bad = [
+        name
+        for name in experts
+        if not name.strip() or name.startswith(".") or set(name) & set('/\\:*?"<>|\0')
+    ]
+    if bad:
+        raise UsageError(f"names of experts become folder names; these cannot: {', '.join(map(repr, bad))}")
+
+
+def _refuse_unrelated(vectors: TaskVectors, related: Mapping[str, Relatedness]) -> None:
+    strangers = [task for task, found in related.items() if not found.related]
+    if strangers:
+        raise PlanError(
+            [
+                f"expert '{task}' ({vectors.experts[task].label}) does not look fine-tuned from "
+                f"{vectors.base.label}: the cosine between their weights is {related[task].cosine:.2f}, "
+                "of a fine-tuned model about 1"
+                for task in strangers
+            ],
+            f"Give the base that the experts were fine-tuned from (cosine at least {UNRELATED}), "
+            "leave these experts out, or go on in spite of it: allow: [unrelated].",
+        )
+
+
+def _check_ties(vectors: TaskVectors) -> None:
+    """Tensors that are stored twice though they are tied must be equal."""
+    pairs = [("the base", vectors.base, pair) for pair in vectors.plan.base_tied_checks]
+    for task, checks in vectors.plan.tied_checks.items():
+        pairs += [(f"expert '{task}'", vectors.experts[task], pair) for pair in checks]
+    wrong = [
+        f"{first} and {second} of {who} ({weights.label}) should be one tied tensor and hold different values"
+        for who, weights, (first, second) in pairs
+        if not torch.equal(weights.read(first), weights.read(second))
+    ]
+    if wrong:
+        raise PlanError(
+            wrong, "Untie the base (tie_word_embeddings: false), or exclude one of the two tensors."
+        )
+
+
+def _dtype(settings: Settings) -> torch.dtype | None:
+    return None if settings.dtype is None else getattr(torch, settings.dtype)
+
+
+class _Counter:
+    """Adds up what is read, for a progress callback."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def __call__(self, values: int) -> None:
+        self.done += values
+        self.progress(min(self.done, self.total), self.total)
+
+
+def _record(
+    prepared: Prepared,
+    started: float,
+    inputs: Mapping[Path, str] | None = None,
+    outputs: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What ``run.json`` holds: enough to repeat the merge and to tell whether anything has changed."""
+    vectors, settings = prepared.vectors, prepared.settings
+
+    def source(weights: Weights) -> dict[str, Any]:
+        files = {path.name: (inputs or {}).get(path) for path in weights.files}
+        return {
+            "label": weights.label,
+            "hub_id": hub_id(weights.label) if weights.folder else None,
+            "sha256": files,
+        }
+
+    experts = {task: source(weights) for task, weights in vectors.experts.items()}
+    recipe = {"base": vectors.base.label, "experts": {task: w.label for task, w in vectors.experts.items()}}
+    return {
+        "kind": "merge",
+        "recipe": {**recipe, **settings.model_dump(exclude_defaults=True), "method": settings.method},
+        "method": prepared.method.name,
+        "options": [{name: options} for name, options in settings.chain()],
+        "scale": prepared.method.scale if settings.scale is None else settings.scale,
+        "seed": prepared.method.seed,
+        "base": source(vectors.base),
+        "experts": experts,
+        "outputs": dict(outputs or {}),
+        "config": vectors.base.config is not None,
+        "plan": {**prepared.plan.summary(), "notes": list(prepared.plan.notes)},
+        "unchanged": list(vectors.unchanged()),
+        "relatedness": {task: found.cosine for task, found in prepared.relatedness.items()},
+        "versions": {
+            "adamerging": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": settings.threads or torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
