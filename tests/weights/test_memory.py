@@ -42,7 +42,7 @@ def test_everything_that_cannot_be_merged_is_listed() -> None:
         "good": torch.ones(2),
         "meta": torch.ones(2, device="meta"),
         "extra": {"x": 1},
-        "sparse": torch.eye(2).to_sparse_csr(),
+        "sparse": torch.eye(2).to_sparse(),
         "lazy": nn.LazyLinear(2).weight,
         "none": None,
     }

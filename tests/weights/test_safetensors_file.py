@@ -192,3 +192,12 @@ def test_index_may_not_name_files_elsewhere(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(WeightsError, match="outside its folder"):
         open_weights(index)
+
+
+def test_header_that_claims_the_whole_of_a_large_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 200_000_000))
+        file.truncate(300_000_000)  # sparse: takes no disk
+    with pytest.raises(WeightsError, match="corrupt: it claims a header of 200,000,000 bytes"):
+        open_weights(path)

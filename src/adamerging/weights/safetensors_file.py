@@ -18,6 +18,8 @@ from .source import Spec, Weights
 
 FETCH_AGAIN = "The download or copy is damaged or did not finish: fetch the file again."
 
+MAX_HEADER = 100_000_000  # the limit of the format
+
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -71,6 +73,8 @@ def read_header(path: Path) -> Header:
             f"{path} is truncated or corrupt: {size:,} bytes, and its header alone should end at "
             f"{8 + length:,}. {FETCH_AGAIN}"
         )
+    if length > MAX_HEADER:
+        raise WeightsError(f"{path} is corrupt: it claims a header of {length:,} bytes. {FETCH_AGAIN}")
     with path.open("rb") as file:
         file.seek(8)
         raw = file.read(length)
@@ -80,7 +84,7 @@ def read_header(path: Path) -> Header:
         entries = sorted(parsed.items(), key=lambda item: item[1]["data_offsets"])
         end = 8 + length + max((entry["data_offsets"][1] for _, entry in entries), default=0)
         kinds = {name: (tuple(entry["shape"]), str(entry["dtype"])) for name, entry in entries}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise WeightsError(
             f"{path} is corrupt: its header is not that of a safetensors file. {FETCH_AGAIN}"
         ) from error
