@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,6 +56,8 @@ def check_method(method: Method, vectors: TaskVectors, scale: Schedule | None) -
         )
     if scale is not None:
         check(scale, "scale")
+        if isinstance(scale, Mapping):
+            raise UsageError("scale multiplies the merged vector and cannot differ by expert; weights can")
 
 
 def merged_pieces(

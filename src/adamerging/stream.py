@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .methods.stage import SCOPES, Chunk, Scope, Stage, run_stages
+from .methods.stage import REDUCED, SCOPES, Chunk, Scope, Stage, run_stages
 from .plan import Entry
 from .schedule import Schedule, value_at
 from .task_vectors import Opened, TaskVectors
@@ -74,8 +74,8 @@ class StackStream:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the experts."""
-        return self.vectors.tasks
+        """Names of the rows of the stack: the experts, or `REDUCED` after a reducer."""
+        return self.vectors.tasks if all(stage.keeps_tasks for stage in self.stages) else REDUCED
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,18 +89,16 @@ class StackStream:
     @property
     def weights(self) -> Tensor:
         """``(S,)`` weights of the rows of the stack, in a stream of one tensor."""
-        if not all(stage.keeps_tasks for stage in self.stages):
-            return torch.ones(1)
-        if len(self.entries) != 1:
-            return torch.ones(len(self.tasks))
-        return torch.tensor(self.settings(self.vectors.weights))
+        if self.tasks is REDUCED or len(self.entries) != 1:
+            return torch.ones(len(self.tasks), dtype=self.dtype)
+        return torch.tensor(self.settings(self.vectors.weights), dtype=self.dtype)
 
     def numel(self) -> int:
         """Elements of one task vector over all chunks."""
         return sum(self.vectors.numel(entry) for entry in self.entries)
 
     def settings(self, schedule: Schedule) -> list[float]:
-        """A schedule's value for each expert."""
+        """A schedule's value for each row of the stack."""
         return [self._value(schedule, task) for task in self.tasks]
 
     def setting(self, schedule: Schedule) -> float:

@@ -130,7 +130,17 @@ class TaskVectors:
             [value_at(self.weights, entry.name, place, t) for t in self.tasks], dtype=dtype
         )
         return Chunk(
-            entry.name, entry.spec.shape, start, stop, place, self.tasks, base, vectors, vectors, weights
+            entry.name,
+            entry.spec.shape,
+            start,
+            stop,
+            place,
+            self.tasks,
+            self.tasks,
+            base,
+            vectors,
+            vectors,
+            weights,
         )
 
     def _inspect(self, entry: Entry, vectors: Tensor) -> None:

@@ -49,24 +49,20 @@ def middle_of_tensor(density: Fraction, outliers: Fraction) -> Stage:
     """Keep the ranks in (outliers, outliers + density] of each tensor's magnitudes, exactly counted."""
 
     def survey(stream: Stream) -> list[tuple[Top, Top]]:
-        ranks = [
-            _ranks(stream.numel(), *pair)
-            for pair in zip(stream.settings(density), stream.settings(outliers), strict=True)
-        ]
-        upper = find_top(stream, [rank[0] for rank in ranks], exact=True)
-        lower = find_top(stream, [rank[1] for rank in ranks], exact=True)
-        return list(zip(upper, lower, strict=True))
+        pairs = zip(stream.settings(density), stream.settings(outliers), strict=True)
+        ranks = [rank for pair in pairs for rank in _ranks(stream.numel(), *pair)]
+        tops = find_top(stream, ranks, exact=True, rows=[i // 2 for i in range(len(ranks))])
+        return list(zip(tops[::2], tops[1::2], strict=True))
 
     def apply(chunk: Chunk, tops: list[tuple[Top, Top]]) -> Tensor:
-        rows = zip(chunk.stack, tops, strict=True)
         return torch.stack(
             [
                 keep(row, lower, chunk.start).sub_(keep(row, upper, chunk.start))
-                for row, (upper, lower) in rows
+                for row, (upper, lower) in zip(chunk.stack, tops, strict=True)
             ]
         )
 
-    return Stage("keep the middle of each tensor", apply, survey, reads=4)
+    return Stage("keep the middle of each tensor", apply, survey, reads=3)
 
 
 def middle_of_rows(density: Fraction, outliers: Fraction) -> Stage:
@@ -77,14 +73,13 @@ def middle_of_rows(density: Fraction, outliers: Fraction) -> Stage:
             return chunk.stack
         length = chunk.shape[-1]
         result = torch.zeros_like(chunk.stack)
-        for row, fractions in enumerate(zip(chunk.settings(density), chunk.settings(outliers), strict=True)):
-            dropped, reach = (
-                int(fractions[1] * length),
-                int(fractions[1] * length) + int(fractions[0] * length),
-            )
+        pairs = zip(chunk.settings(density), chunk.settings(outliers), strict=True)
+        for row, (kept, dropped) in enumerate(pairs):
+            first = int(dropped * length)
             lines = chunk.stack[row].view(-1, length)
-            order = lines.abs().sort(dim=1, descending=True, stable=True).indices[:, dropped:reach]
-            result[row].view(-1, length).scatter_(1, order, lines.gather(1, order))
+            ranked = lines.abs().sort(dim=1, descending=True, stable=True).indices
+            middle = ranked[:, first : first + int(kept * length)]
+            result[row].view(-1, length).scatter_(1, middle, lines.gather(1, middle))
         return result
 
     return Stage("keep the middle of each row", apply, scope="row")

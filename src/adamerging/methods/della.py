@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import UsageError
-from .options import Fraction, Seed
+from .options import Fraction, Seed, numbers
 from .randomness import below
 from .registry import register
 from .signs import disjoint, elect
@@ -31,11 +31,14 @@ def della(
 
     Args:
         density: mean probability that a value stays.
-        epsilon: half the spread of that probability; density ± ε must lie in (0, 1].
+        epsilon: half the spread of that probability; density ± ε must lie in (0, 1] unless the
+            density is 1 and keeps everything.
         seed: as in `dare`.
         rescale: divide each value by its probability to stay.
         consensus: elect a sign for each position and average what agrees (the paper).
     """
+    for mean in numbers(density):
+        _check(mean, epsilon)
     stage = drop_by_rank(density, epsilon, seed, rescale)
     if consensus:
         return Method("della", (stage, elect("none")), disjoint("mean"), seed=seed)
@@ -51,17 +54,23 @@ def drop_by_rank(density: Fraction, epsilon: float, seed: int, rescale: bool) ->
             if mean >= 1:
                 result[row] = chunk.stack[row]
                 continue
-            if not (mean - epsilon > 0 and mean + epsilon <= 1):
-                raise UsageError(f"della: density ± epsilon (={mean:g} ± {epsilon:g}) must lie in (0, 1]")
+            _check(mean, epsilon)
             lines = chunk.stack[row].view(-1, chunk.row_size)
             order = lines.abs().argsort(dim=1, stable=True)
-            steps = torch.linspace(mean - epsilon, mean + epsilon, lines.shape[1], dtype=lines.dtype)
+            spread = epsilon if lines.shape[1] > 1 else 0.0
+            steps = torch.linspace(mean - spread, mean + spread, lines.shape[1], dtype=lines.dtype)
+            steps.mul_(65536).round_().clamp_min_(1).div_(65536)
             chance = torch.empty_like(lines).scatter_(1, order, steps.expand_as(lines)).view(-1)
-            chance = (chance * 65536).round_().div_(65536)
-            stays = below(chance, seed, task, chunk.name, chunk.start, chunk.stop)
+            # Named apart from `dare`, whose draws would else be the same in a chain of both.
+            stays = below(chance, seed, f"della/{task}", chunk.name, chunk.start, chunk.stop)
             torch.mul(chunk.stack[row], stays, out=result[row])
             if rescale:
                 result[row].div_(chance)
         return result
 
     return Stage("drop at random by rank", apply, scope="row")
+
+
+def _check(mean: float, epsilon: float) -> None:
+    if mean < 1 and not (mean - epsilon > 0 and mean + epsilon <= 1):
+        raise UsageError(f"della: density ± epsilon (={mean:g} ± {epsilon:g}) must lie in (0, 1]")

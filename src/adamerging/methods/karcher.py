@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..errors import UsageError
 from .gram import Of, combine
 from .registry import register
 from .stage import Method, Stream
@@ -31,7 +32,10 @@ def karcher(
     """
 
     def coefficients(products: Tensor, stream: Stream) -> list[float]:
-        return spherical_mean(products, stream.weights.double(), iterations, tolerance).tolist()
+        weights = stream.weights.double()
+        if (weights < 0).any() or not weights.any():
+            raise UsageError(f"karcher: weights must not be negative, nor all zero, got {weights.tolist()}")
+        return spherical_mean(products, weights, iterations, tolerance).tolist()
 
     return Method("karcher", reduce=combine("karcher mean", of, coefficients))
 
@@ -61,7 +65,9 @@ def spherical_mean(products: Tensor, weights: Tensor, iterations: int, tolerance
     for _ in range(iterations):
         cosines = (units @ mean).clamp(-1, 1)
         angles = torch.arccos(cosines)
-        pull = weights * torch.where(angles > 1e-12, angles / torch.sin(angles).clamp_min(1e-300), 1.0)
+        # Towards a vector that lies exactly opposite all ways are equally short: it pulls nowhere.
+        ratio = torch.where(cosines > -1 + 1e-12, angles / torch.sin(angles), 0.0)
+        pull = weights * torch.where(angles > 1e-12, ratio, 1.0)
         tangent = pull - (pull @ cosines) * mean
         size = (tangent @ units @ tangent).clamp_min(0).sqrt()
         if size < tolerance:

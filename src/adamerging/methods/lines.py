@@ -24,9 +24,9 @@ def lines(beta: Number = 0.5, alpha: Number | None = None) -> Method:
     def survey(stream: Stream) -> float:
         if alpha is not None:
             return alpha
-        pairs = list(stream.map(_norms))
-        raw, merged = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        return raw / merged / len(stream.tasks) if merged > 0 else 1.0 / len(stream.tasks)
+        pairs = list(stream.map(_norms)) or [(1, 0.0, 0.0)]
+        count, raw, merged = pairs[0][0], sum(pair[1] for pair in pairs), sum(pair[2] for pair in pairs)
+        return raw / merged / count if merged > 0 else 1.0 / count
 
     def apply(chunk: Chunk, lowest: float) -> Tensor:
         inside = chunk.place.index is not None
@@ -35,6 +35,7 @@ def lines(beta: Number = 0.5, alpha: Number | None = None) -> Method:
     return Method("lines", (Stage("scale by depth", apply, survey, per="model"),))
 
 
-def _norms(chunk: Chunk) -> tuple[float, float]:
-    """‖Σ τ‖₁ of the task vectors as read, and of the weighted sum of the stack."""
-    return float(chunk.vectors.sum(0).abs_().sum()), float((chunk.weights @ chunk.stack).abs_().sum())
+def _norms(chunk: Chunk) -> tuple[int, float, float]:
+    """K, ‖Σ τ‖₁ of the task vectors as read, and the same norm of the weighted sum of the stack."""
+    raw, merged = chunk.vectors.sum(0), chunk.weights @ chunk.stack
+    return len(chunk.vectors), float(raw.abs_().sum()), float(merged.abs_().sum())

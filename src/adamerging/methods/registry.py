@@ -85,7 +85,8 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
         lines = []
         for problem in error.errors():
             where = ".".join(str(part) for part in problem["loc"])
-            lines.append(f"{name}: {where} (={problem['input']!r}): {problem['msg'].lower()}")
+            reason = problem.get("ctx", {}).get("error", problem["msg"].lower())
+            lines.append(f"{name}: {where} (={problem['input']!r}): {reason}")
         raise UsageError("\n".join(lines)) from None
 
 

@@ -38,30 +38,42 @@ def part_of(numel: int, fraction: float) -> int:
     return min(numel, max(int(fraction * numel), 1 if fraction > 0 else 0))
 
 
-def find_top(stream: Stream, counts: Sequence[int], *, exact: bool) -> list[Top]:
-    """For each row of the stream's stack, what the ``counts[row]`` largest magnitudes are.
+def find_top(
+    stream: Stream, counts: Sequence[int], *, exact: bool, rows: Sequence[int] | None = None
+) -> list[Top]:
+    """For each request the largest magnitudes of one row of the stream's stack.
 
     Args:
         stream: of one tensor, or of all.
-        counts: how many values to select in each row.
+        counts: how many values to select, by request.
         exact: select exactly so many, even where equal values straddle the border (the first ones in
             the tensor win; one tensor only). Otherwise all values equal to the threshold are selected.
+        rows: the row that each request is about; request i is about row i by default.
     """
-    found = _magnitudes_at_rank(stream, counts)
-    tops = [Top(threshold) for threshold, _ in found]
-    short = [row for row, (_, spare) in enumerate(found) if spare > 0]
-    if not exact or not short:
+    rows = range(len(counts)) if rows is None else rows
+    found = _magnitudes_at_rank(stream, rows, counts)
+    tops = [Top(threshold) for threshold, _, _ in found]
+    # Of zeros it does not matter which are selected.
+    left = {
+        i: equal for i, (threshold, equal, spare) in enumerate(found) if exact and spare and threshold > 0
+    }
+    if not left:
         return tops
 
-    def ties(chunk: Chunk) -> list[Tensor]:
-        return [
-            (chunk.stack[row].abs() == tops[row].threshold).nonzero()[:, 0] + chunk.start for row in short
-        ]
+    def ties(chunk: Chunk) -> dict[int, Tensor]:
+        return {
+            i: (chunk.stack[rows[i]].abs() == tops[i].threshold).nonzero()[:, 0] + chunk.start for i in left
+        }
 
-    positions = [torch.cat(parts) for parts in zip(*stream.map(ties), strict=True)]
-    for row, equal in zip(short, positions, strict=True):
-        wanted = len(equal) - found[row][1]
-        tops[row] = Top(tops[row].threshold, int(equal[wanted - 1]))
+    pending = dict(left)
+    for positions in stream.map(ties):
+        for i in list(pending):
+            if len(positions[i]) >= pending[i]:
+                tops[i] = Top(tops[i].threshold, int(positions[i][pending.pop(i) - 1]))
+            else:
+                pending[i] -= len(positions[i])
+        if not pending:
+            break
     return tops
 
 
@@ -69,40 +81,52 @@ def keep(values: Tensor, top: Top, start: int) -> Tensor:
     """``values`` ``(n,)`` with everything outside ``top`` set to zero; ``start`` is their flat position."""
     if top.threshold == float("inf"):
         return torch.zeros_like(values)
-    below = torch.tensor(top.threshold, dtype=values.dtype).nextafter(torch.tensor(0.0, dtype=values.dtype))
-    kept = torch.nn.functional.hardshrink(values, below.item())
+    kept = torch.nn.functional.hardshrink(values, _just_below(top.threshold, values.dtype))
     if top.last is not None and start + len(values) > top.last + 1:
         tail = kept[max(0, top.last + 1 - start) :]
         tail[tail.abs() == top.threshold] = 0
     return kept
 
 
-def _magnitudes_at_rank(stream: Stream, counts: Sequence[int]) -> list[tuple[float, int]]:
-    """For each row the magnitude of that rank, and how many values equal to it lie beyond the rank."""
+def _just_below(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of this dtype that is smaller than the threshold (0 for 0)."""
+    near = torch.tensor(threshold, dtype=dtype)
+    return (near.nextafter(torch.zeros_like(near)) if near.item() >= threshold else near).item()
+
+
+def _magnitudes_at_rank(
+    stream: Stream, rows: Sequence[int], counts: Sequence[int]
+) -> list[tuple[float, int, int]]:
+    """By request: the magnitude of that rank, and how many values equal to it lie within and beyond it.
+
+    Requests about one row share its histograms as long as their digits agree.
+    """
     integer = torch.int64 if stream.dtype == torch.float64 else torch.int32
-    prefixes, ranks, spare = [0] * len(counts), [max(1, count) for count in counts], [0] * len(counts)
-    for shift in range(integer.itemsize * 8 - _DIGIT, -1, -_DIGIT):
+    active = [i for i, count in enumerate(counts) if count > 0]
+    prefixes, ranks, spare = [0] * len(counts), list(counts), [0] * len(counts)
+    for shift in range(integer.itemsize * 8 - _DIGIT, -1, -_DIGIT) if active else ():
+        wanted = sorted({(rows[i], prefixes[i]) for i in active})
 
-        def histograms(chunk: Chunk, shift: int = shift) -> Tensor:
+        def histograms(
+            chunk: Chunk, wanted: Sequence[tuple[int, int]] = wanted, shift: int = shift
+        ) -> Tensor:
             stack = chunk.stack.to(stream.dtype)
-            return torch.stack(
-                [_histogram(row, prefix, shift) for row, prefix in zip(stack, prefixes, strict=True)]
-            )
+            return torch.stack([_histogram(stack[row], prefix, shift) for row, prefix in wanted])
 
-        total = torch.zeros(len(counts), 1 << _DIGIT, dtype=torch.int64)
+        total = torch.zeros(len(wanted), 1 << _DIGIT, dtype=torch.int64)
         for part in stream.map(histograms):
             total += part
-        at_least = total.flip(1).cumsum(1).flip(1)
-        for row, rank in enumerate(ranks):
-            digit = int((at_least[row] >= rank).nonzero()[-1])
-            ranks[row] = rank - int(at_least[row, digit] - total[row, digit])
-            spare[row] = int(total[row, digit]) - ranks[row]
-            prefixes[row] = prefixes[row] << _DIGIT | digit
+        up_to = [line.cumsum(0) for line in total]
+        for i in active:
+            line = wanted.index((rows[i], prefixes[i]))
+            numel = int(up_to[line][-1])
+            digit = int(torch.searchsorted(up_to[line], numel - ranks[i], right=True))
+            here = int(total[line, digit])
+            ranks[i] -= numel - int(up_to[line][digit])
+            spare[i] = here - ranks[i]
+            prefixes[i] = prefixes[i] << _DIGIT | digit
     values = torch.tensor(prefixes, dtype=integer).view(stream.dtype).tolist()
-    return [
-        (value, left) if count else (float("inf"), 0)
-        for value, left, count in zip(values, spare, counts, strict=True)
-    ]
+    return [(values[i] if counts[i] > 0 else float("inf"), ranks[i], spare[i]) for i in range(len(counts))]
 
 
 def _histogram(values: Tensor, prefix: int, shift: int) -> Tensor:

@@ -22,13 +22,14 @@ def elect(zero: ZeroSign = "none") -> Stage:
     """
 
     def majority(stream: Stream) -> float:
-        balance = sum(stream.map(lambda chunk: int((chunk.weights @ chunk.stack).sign().sum())))
+        balance = sum(stream.map(lambda chunk: float((chunk.weights @ chunk.stack).sign_().nansum())))
         return 1.0 if balance >= 0 else -1.0
 
     def apply(chunk: Chunk, sign_of_zero: float | None) -> Tensor:
         sign = (chunk.weights @ chunk.stack).sign_()
         if zero != "none":
-            sign[sign == 0] = 1.0 if sign_of_zero is None else sign_of_zero
+            # ±1 stays, 0 takes the other summand.
+            sign.mul_(2).add_(1.0 if sign_of_zero is None else sign_of_zero).clamp_(-1, 1)
         weighted = chunk.stack * chunk.weights.sign()[:, None] if (chunk.weights < 0).any() else chunk.stack
         kept = (weighted * sign).clamp_min_(0).mul_(sign)
         return kept if weighted is chunk.stack else kept.mul_(chunk.weights.sign()[:, None])

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from ..blocks import Place
+from ..errors import UsageError
 from ..schedule import Schedule, value_at
 
 T = TypeVar("T")
 
 Scope = Literal["element", "row", "tensor"]
 SCOPES: tuple[Scope, ...] = ("element", "row", "tensor")
+
+REDUCED = ("merged",)
+"""What stands for the experts' names once a stack is reduced to one vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,8 @@ class Chunk:
         shape: its full shape.
         start, stop: the piece, as a range of the flattened tensor.
         place: the block it belongs to and its depth.
-        tasks: names of the experts.
+        tasks: names of the rows of the stack: the experts, or `REDUCED` after a reducer.
+        experts: names of the experts, the rows of `vectors`.
         base: ``(n,)`` base values, float32 (float64 where the base is).
         vectors: ``(K, n)`` task vectors as read, same dtype.
         stack: ``(S, n)`` what the stages so far made of them.
@@ -45,6 +50,7 @@ class Chunk:
     stop: int
     place: Place
     tasks: tuple[str, ...]
+    experts: tuple[str, ...]
     base: Tensor
     vectors: Tensor
     stack: Tensor
@@ -61,14 +67,20 @@ class Chunk:
         return row_size(self.shape)
 
     def settings(self, schedule: Schedule) -> list[float]:
-        """A schedule's value for each expert."""
+        """A schedule's value for each row of the stack."""
         return [value_at(schedule, self.name, self.place, task) for task in self.tasks]
 
-    def with_stack(self, stack: Tensor, weights: Tensor | None = None) -> Chunk:
-        """The same piece with another stack; without ``weights`` each row weighs 1."""
-        if weights is None:
-            weights = torch.ones(stack.shape[0], dtype=self.weights.dtype)
-        return replace(self, stack=stack, weights=weights)
+    def expert_settings(self, schedule: Schedule) -> list[float]:
+        """A schedule's value for each expert."""
+        return [value_at(schedule, self.name, self.place, task) for task in self.experts]
+
+    def transformed(self, stack: Tensor) -> Chunk:
+        """The same piece with another stack whose rows still belong to the experts."""
+        return replace(self, stack=stack)
+
+    def reduced(self, stack: Tensor) -> Chunk:
+        """The same piece with a stack whose one row belongs to no expert and weighs 1."""
+        return replace(self, stack=stack, tasks=REDUCED, weights=self.weights.new_ones(stack.shape[0]))
 
 
 def row_size(shape: Sequence[int]) -> int:
@@ -84,7 +96,7 @@ class Stream(Protocol):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the experts."""
+        """Names of the rows of the stack: the experts, or `REDUCED` after a reducer."""
         ...
 
     @property
@@ -106,7 +118,7 @@ class Stream(Protocol):
         ...
 
     def settings(self, schedule: Schedule) -> list[float]:
-        """A schedule's value for each expert; by name or depth only in a stream of one tensor."""
+        """A schedule's value for each row; by name or depth only in a stream of one tensor."""
         ...
 
     def setting(self, schedule: Schedule) -> float:
@@ -178,7 +190,12 @@ def weighted_sum(normalise: bool) -> Stage:
     """The linear reducer: Σ w_k τ_k, or the weighted mean Σ w_k τ_k / Σ w_k."""
 
     def apply(chunk: Chunk, _: None) -> Tensor:
-        weights = chunk.weights / chunk.weights.sum() if normalise else chunk.weights
+        weights = chunk.weights
+        if normalise:
+            total = weights.sum()
+            if total == 0:
+                raise UsageError(f"the weights of '{chunk.name}' sum to 0, so there is no weighted mean")
+            weights = weights / total
         return (weights @ chunk.stack).unsqueeze(0)
 
     return Stage("weighted mean" if normalise else "weighted sum", apply, keeps_tasks=False)
@@ -189,21 +206,38 @@ def chain(methods: Sequence[Method]) -> Method:
 
     A plain weighted sum waits until the end, since it commutes with nothing lost; any other reducer (the
     sign-elected mean of TIES) acts where it is written, and what follows sees one vector.
+
+    The default scale is the last method's. But a λ that suits a sum of K vectors does not suit a vector
+    that is reduced already: consensus over ties takes the scale of ties.
+
+    Raises:
+        UsageError: no methods, or one that compares experts after one that left a single vector.
     """
+    if not methods:
+        raise UsageError("a chain needs at least one method")
     if len(methods) == 1:
         return methods[0]
-    stages: list[Stage] = []
-    for method in methods[:-1]:
-        stages += method.transform
-        if method.reduce is not None:
-            stages.append(method.reduce)
     last = methods[-1]
+    scale = last.scale
+    stages: list[Stage] = []
+    reducer: Method | None = None
+    for position, method in enumerate(methods):
+        if reducer is not None and method.reduce is not None and method.experts[0] > 1:
+            raise UsageError(
+                f"'{method.name}' compares experts and cannot follow '{reducer.name}', which leaves one"
+            )
+        stages += method.transform
+        if method.reduce is not None and position < len(methods) - 1:
+            stages.append(method.reduce)
+            reducer = method
+    if reducer is not None and last.reduce is None and last.scale != 1.0:
+        scale = reducer.scale
     most = [limit for method in methods if (limit := method.experts[1]) is not None]
     return replace(
         last,
         name="+".join(method.name for method in methods),
-        transform=(*stages, *last.transform),
-        normalise=last.normalise,
+        transform=tuple(stages),
+        scale=scale,
         weighted=any(method.weighted for method in methods),
         experts=(max(method.experts[0] for method in methods), min(most) if most else None),
         seed=next((method.seed for method in methods if method.seed is not None), None),
@@ -214,5 +248,5 @@ def run_stages(stages: Sequence[Stage], states: Sequence[Any], chunk: Chunk) -> 
     """The chunk after all stages."""
     for stage, state in zip(stages, states, strict=True):
         stack = stage.apply(chunk, state)
-        chunk = chunk.with_stack(stack, chunk.weights if stage.keeps_tasks else None)
+        chunk = chunk.transformed(stack) if stage.keeps_tasks else chunk.reduced(stack)
     return chunk

@@ -46,4 +46,4 @@ def trim(density: Fraction, scope: Literal["model", "tensor"]) -> Stage:
     def apply(chunk: Chunk, tops: list[Top]) -> Tensor:
         return torch.stack([keep(row, top, chunk.start) for row, top in zip(chunk.stack, tops, strict=True)])
 
-    return Stage("trim", apply, survey, per=scope, reads=2)
+    return Stage("trim", apply, survey, per=scope, reads=2 if scope == "model" else 3)
