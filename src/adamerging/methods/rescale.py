@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from .registry import register
 from .stage import Chunk, Method, Stage, Stream
 
@@ -15,9 +16,9 @@ _NEARLY_ZERO = 1e-7
 Norm = Literal["l1", "l2"]
 
 
-@register("rescale")
+@register("rescale", paper="after Yu et al., Language models are Super Mario, 2024, arXiv 2311.03099")
 def rescale(norm: Norm = "l1") -> Method:
-    """Scale each tensor of each task vector to the norm it was read with; for chains, after what drops values.
+    """Scale each tensor of each task vector to the norm it was read with; for chains that drop values.
 
     Args:
         norm: sum of magnitudes (``l1``), or Euclidean length (``l2``).
@@ -30,14 +31,15 @@ def restore(norm: Norm) -> Stage:
     power = 1 if norm == "l1" else 2
 
     def sizes(chunk: Chunk) -> Tensor:
-        rows = (chunk.vectors, chunk.stack) if len(chunk.stack) == len(chunk.vectors) else ()
-        return torch.stack([row.double().abs().pow_(power).sum(1) for row in rows]) if rows else torch.ones(2, 1)
+        if chunk.tasks != chunk.experts:
+            raise UsageError("rescale compares each expert with itself and cannot follow what merged them")
+        return torch.stack([rows.double().abs().pow_(power).sum(1) for rows in (chunk.vectors, chunk.stack)])
 
     def survey(stream: Stream) -> Tensor:
-        parts = list(stream.map(sizes))
-        if not parts:
-            return torch.ones(1, dtype=torch.float64)
-        before, after = torch.stack(parts).sum(0).pow_(1 / power)
+        total = torch.zeros(2, len(stream.tasks), dtype=torch.float64)
+        for part in stream.map(sizes):
+            total += part
+        before, after = total.pow_(1 / power)
         negligible = (before < _NEARLY_ZERO) | (after < _NEARLY_ZERO)
         return torch.where(negligible, 1.0, before / after.masked_fill(negligible, 1.0))
 
