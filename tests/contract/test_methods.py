@@ -307,7 +307,7 @@ def test_a_model_of_nothing_but_an_empty_tensor(case: Case):
 def test_what_is_known_of_the_method(case: Case):
     method = case.method
     known = methods()[method.name]
-    assert known.summary and known.paper
+    assert known.summary
     assert all(default is not None or "None" in kind for kind, default in known.options.values())
     assert method.reads == 1 + sum(stage.reads for stage in method.stages if stage.survey)
     assert not method.stages[-1].keeps_tasks

@@ -19,7 +19,7 @@ def model_stock(
     angle: Literal["cosine", "angle"] = "cosine",
     clamp: bool = True,
 ) -> Method:
-    """Go t of the way from the base to the mean of the experts, t = K cos φ / ((K − 1) cos φ + 1) for each tensor.
+    """Go t of the way from the base to the mean, t = K cos φ / ((K − 1) cos φ + 1), tensor by tensor.
 
     Made for several fine-tunings of the *same* task: task vectors of different tasks are nearly
     orthogonal, and then t ≈ 0 gives the base back.
