@@ -104,6 +104,6 @@ def _numbers(schedule: Any, what: str, tasks: Sequence[str]) -> Iterator[float]:
 
 
 def _rule_value(rule: Mapping[str, Any], what: str) -> Any:
-    if set(rule) - {"match", "value"} or "value" not in rule:
+    if set(rule) - {"match", "value"} or "value" not in rule or not isinstance(rule.get("match", ""), str):
         raise UsageError(f"{what}: an item by name has 'value' and optionally 'match', got: {dict(rule)}")
     return rule["value"]

@@ -123,6 +123,8 @@ class TaskVectors:
             else:
                 vectors[row].copy_(source[start:stop]).sub_(base)
         self._inspect(entry, vectors)
+        if not any(isinstance(source, Tensor) for source in opened.experts):
+            self._inspect_base(base)  # else its NaN are in the differences
         if self.on_read is not None:
             self.on_read(stop - start)
         place = self.places[entry.name]
@@ -153,6 +155,10 @@ class TaskVectors:
                 raise NonFiniteError(self._describe_nonfinite())
             else:
                 self.changed[task].add(entry.name)
+
+    def _inspect_base(self, base: Tensor) -> None:
+        if not self.allow_nonfinite and not bool(base.sum().isfinite()) and not bool(base.isfinite().all()):
+            raise NonFiniteError(self._describe_nonfinite())
 
     def _describe_nonfinite(self, most: int = 10) -> str:
         lines = []

@@ -103,8 +103,8 @@ def test_a_density_by_expert():
 def test_della_keeps_by_rank_and_is_unbiased():
     row = torch.randn(50, generator=torch.Generator().manual_seed(0))
     tall = {"w": torch.zeros(4000, 50)}
-    drawn = merge(tall, {"a": {"w": row.repeat(4000, 1)}},
-                  make_method("della", {"density": 0.5, "epsilon": 0.3, "consensus": False}), scale=1.0)["w"]  # fmt: skip
+    method = make_method("della", {"density": 0.5, "epsilon": 0.3, "consensus": False})
+    drawn = merge(tall, {"a": {"w": row.repeat(4000, 1)}}, method, scale=1.0)["w"]
     chance = torch.empty(50).scatter(0, row.abs().argsort(), torch.linspace(0.2, 0.8, 50))
     rate = (drawn != 0).float().mean(0)
     assert ((rate - chance).abs() < 5 * (chance * (1 - chance) / 4000).sqrt()).all()

@@ -37,9 +37,8 @@ def elected(rows: torch.Tensor, weights: torch.Tensor, zero: str) -> torch.Tenso
 def reduced(rows: torch.Tensor, weights: torch.Tensor, sign: torch.Tensor, how: str) -> torch.Tensor:
     result = torch.zeros(rows.shape[1], dtype=rows.dtype)
     for i in range(rows.shape[1]):
-        agree = [
-            k for k in range(len(rows)) if rows[k, i] != 0 and (weights[k] * rows[k, i]).sign() == sign[i]
-        ]
+        signs = (weights * rows[:, i]).sign()
+        agree = [k for k in range(len(rows)) if rows[k, i] != 0 and signs[k] == sign[i]]
         values = [float(weights[k] * rows[k, i]) for k in agree]
         if values and how == "mean":
             result[i] = sum(values) / float(sum(weights[k] for k in agree))

@@ -22,8 +22,8 @@ def karcher(
 ) -> Method:
     """Spherical mean of any number of experts: direction by the Karcher mean, length by the mean norm.
 
-    For two experts with equal weights this is slerp at t = 0.5, but for the length (slerp follows the
-    chord's ends, this takes their mean).
+    For two experts of equal length and weight this is slerp at t = 0.5. Experts of length zero are left out
+    of both means.
 
     Args:
         of: average the weights themselves, or the task vectors.
