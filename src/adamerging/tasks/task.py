@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class Task:
         evaluate: labelled data for scores; None when the task is only adapted to.
         costs: relative cost of each adaptation sample (token count), to batch like with like; None if equal.
         label_names: names of the classes, where known.
+        settings: how the task was made (its kind and options), as plain data for the record of a run.
     """
 
     name: str
@@ -60,3 +61,4 @@ class Task:
     evaluate: Samples | None = None
     costs: Callable[[Samples], Sequence[int]] | None = None
     label_names: Sequence[str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,365 @@
+"""Columns → `Samples`: which column is the input and which the label, and what no sample may be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .labels import NamedLabels
+from .readers import INPUT, LABEL, PAIR, Columns, read_columns
+from .task import Samples, Task
+
+DataKind = Literal["text", "image", "array"]
+
+# What the input of each kind is usually called; first match wins.
+INPUT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "text": (INPUT, "text", "sentence", "content", "utterance", "query", "title", "review", "document"),
+    "image": (INPUT, "image", "images", "img", "x", "path", "file"),
+    "array": (INPUT, "x", "inputs", "features", "data", "image", "images"),
+}
+PAIR_NAMES = (
+    (INPUT, PAIR),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+)
+LABEL_NAMES = (LABEL, "labels", "y", "class", "target", "category", "intent", "label_text")
+UNLABELLED = -1
+"""By convention of the hub's benchmarks a split whose labels are secret has -1 everywhere."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the columns to use; guessed from common names where None.
+
+    Attributes:
+        input: the text, image or array.
+        label: the class.
+        pair: the second text, for pairs of texts.
+    """
+
+    input: str | None = None
+    label: str | None = None
+    pair: str | None = None
+
+
+def read_samples(
+    source: Any, kind: DataKind, fields: Fields | None = None, label_names: Sequence[str] | None = None
+) -> Samples:
+    """One split, read and checked.
+
+    Args:
+        source: whatever `read_columns` takes, or samples already read.
+        kind: what the inputs are.
+        fields: names of the columns.
+        label_names: class names by number, for labels that are stored by name; else the model names them.
+
+    Raises:
+        UsageError: no such field, no samples, inputs that are none (labels in their place, NaN), labels
+            that are none.
+        MissingExtraError: a package of the ``data`` extra is needed.
+    """
+    if isinstance(source, Samples):
+        return source
+    columns, name = read_columns(source)
+    fields = fields or Fields()
+    if not columns or all(len(column) == 0 for column in columns.values()):
+        raise UsageError(f"{name} is empty: it has no samples")
+    first, pair, label = _choose(columns, kind, fields, name)
+    used = {field: columns[field] for field in (first, pair, label) if field is not None}
+    if len({len(column) for column in used.values()}) > 1:
+        raise UsageError(
+            f"{name}: "
+            + ", ".join(f"'{field}' has {len(column)}" for field, column in used.items())
+            + " values"
+        )
+    inputs: Any = columns[first]
+    _check_inputs(inputs, kind, f"{name}, '{first}'")
+    if pair is not None:
+        _check_inputs(columns[pair], kind, f"{name}, '{pair}'")
+        inputs = list(zip(inputs, columns[pair], strict=True))
+    labels = None if label is None else _labels(columns[label], f"{name}, '{label}'")
+    if isinstance(labels, NamedLabels) and label_names is not None:
+        labels.settle(label_names)
+        labels = labels.check()
+    return Samples(inputs, labels, name, _fingerprint(inputs, labels))
+
+
+def read_task_data(
+    task: str,
+    adapt: Any,
+    evaluate: Any,
+    kind: DataKind,
+    fields: Fields | None = None,
+    label_names: Sequence[str] | None = None,
+) -> tuple[Samples | None, Samples | None]:
+    """Both splits of a task.
+
+    Raises:
+        UsageError: as `read_samples`; adaptation data of one sample; evaluation data without labels.
+    """
+    found: list[Samples | None] = []
+    for which, source in (("adapt", adapt), ("evaluate", evaluate)):
+        try:
+            found.append(None if source is None else read_samples(source, kind, fields, label_names))
+        except UsageError as error:
+            error.args = (f"task '{task}', {which}: {error}",)
+            raise
+    unlabeled, labelled = found
+    if unlabeled is not None and len(unlabeled) == 1:
+        raise UsageError(
+            f"task '{task}', adapt: {unlabeled.source} has one sample. Coefficients learned from a single "
+            "input fit that input alone; give a few dozen or more, none needs a label"
+        )
+    if labelled is not None and labelled.labels is None:
+        raise UsageError(
+            f"task '{task}', evaluate: {labelled.source} has no labels to score with (no column named "
+            f"{', '.join(LABEL_NAMES)}, or all are {UNLABELLED}, as in secret test splits); name the column "
+            "with label_field"
+        )
+    return unlabeled, labelled
+
+
+def refuse_overlap(tasks: Iterable[Task], *, transductive: bool = False) -> None:
+    """Scores on what was adapted to say nothing about new data, so the two splits must be disjoint.
+
+    Args:
+        tasks: with both splits or one.
+        transductive: the run is meant to be scored on the very inputs it adapts to.
+
+    Raises:
+        UsageError: some input is in both splits of a task; all such tasks are listed with counts.
+    """
+    if transductive:
+        return
+    problems = []
+    for task in tasks:
+        if task.adapt is None or task.evaluate is None:
+            continue
+        if task.adapt.fingerprint == task.evaluate.fingerprint:
+            shared = len(task.evaluate)
+        else:
+            seen = {sample_digest(value) for value in task.adapt.inputs}
+            shared = sum(sample_digest(value) in seen for value in task.evaluate.inputs)
+        if shared:
+            problems.append(
+                f"task '{task.name}': {shared} of {len(task.evaluate)} evaluation samples "
+                f"({task.evaluate.source}) are also adaptation samples ({task.adapt.source})"
+            )
+    if problems:
+        raise UsageError(
+            "adaptation and evaluation data overlap:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nGive disjoint splits, or say that scores on adaptation data are meant: transductive: true"
+        )
+
+
+def sample_digest(value: Any) -> bytes:
+    """sha256 of one input's content: of a text, an array, an image, a file, or a combination of these."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.digest()
+
+
+def as_array(value: Any) -> np.ndarray[Any, Any]:
+    """An array or tensor on any device, or nested numbers, as numpy."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        value = value.numpy()
+    array: np.ndarray[Any, Any] = np.asarray(value)
+    return array
+
+
+# --- columns
+
+
+def _choose(
+    columns: Columns, kind: DataKind, fields: Fields, name: str
+) -> tuple[str, str | None, str | None]:
+    present = ", ".join(f"'{column}'" for column in columns)
+    for option, field in (("text", fields.input), ("label", fields.label), ("pair", fields.pair)):
+        if field is not None and field not in columns:
+            what = kind if option == "text" else option
+            raise UsageError(f"{name} has no field '{field}' for the {what}; it has {present}")
+    label = fields.label or next((each for each in LABEL_NAMES if each in columns), None)
+    first, pair = fields.input, fields.pair
+    if kind == "text" and first is None and pair is None:
+        first, pair = next((p for p in PAIR_NAMES if p[0] in columns and p[1] in columns), (None, None))
+    if first is None:
+        candidates = [each for each in INPUT_NAMES[kind] if each in columns and each not in (pair, label)]
+        rest = [each for each in columns if each not in (pair, label)]
+        if not candidates and len(rest) != 1:
+            raise UsageError(
+                f"{name} has no field that is surely the {kind}; name one of those it has: {present}"
+            )
+        first = (candidates or rest)[0]
+    return first, pair, label
+
+
+def _check_inputs(inputs: Sequence[Any], kind: DataKind, where: str) -> None:
+    if kind == "text":
+        wrong = next((i for i, value in enumerate(inputs) if not isinstance(value, str)), None)
+        if wrong is not None:
+            _refuse(inputs[wrong], wrong, where, "a text")
+    elif hasattr(inputs, "shape") and hasattr(inputs, "dtype"):
+        _check_stack(inputs, kind, where)
+    else:
+        for index, value in enumerate(inputs):
+            _check_array(value, index, kind, where)
+
+
+def _refuse(value: Any, index: int, where: str, wanted: str) -> None:
+    if isinstance(value, int | np.integer):
+        raise UsageError(
+            f"{where}: sample {index} is the number {value} where {wanted} belongs. "
+            "Were labels passed in the place of inputs?"
+        )
+    shown = "missing" if value is None or value != value else f"a {type(value).__name__}"  # noqa: PLR0124
+    raise UsageError(f"{where}: sample {index} is {shown}, not {wanted}")
+
+
+def _check_stack(inputs: Any, kind: DataKind, where: str) -> None:
+    """One array of all samples."""
+    array = as_array(inputs)
+    least = 3 if kind == "image" else 1
+    if array.ndim < least or (array.ndim == 1 and array.dtype.kind in "iub"):
+        hint = " Were labels passed in the place of inputs?" if array.ndim == 1 else ""
+        raise UsageError(
+            f"{where}: an array of shape {list(array.shape)} and dtype {array.dtype} holds no {kind}s.{hint}"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+        raise UsageError(f"{where}: {_nonfinite(len(bad), int(bad[0]))}")
+    if kind == "image":
+        _check_pixels(array.dtype, where)
+
+
+def _check_array(value: Any, index: int, kind: DataKind, where: str) -> None:
+    if kind == "image" and (isinstance(value, Path | str) or _is_image(value) or _is_encoded(value)):
+        return
+    if isinstance(value, Mapping):
+        for part in value.values():
+            _check_array(part, index, kind, where)
+        return
+    wanted = "an image" if kind == "image" else "an array"
+    if value is None or isinstance(value, str | int | np.integer):
+        _refuse(value, index, where, wanted)
+    array = as_array(value)
+    if array.dtype.kind not in "fiub" or (kind == "image" and array.ndim not in (2, 3)):
+        raise UsageError(
+            f"{where}: sample {index} is of shape {list(array.shape)}, {array.dtype}: not {wanted}"
+        )
+    if array.ndim == 0 and array.dtype.kind in "iub":
+        _refuse(int(array), index, where, wanted)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UsageError(f"{where}: {_nonfinite(None, index)}")
+    if kind == "image":
+        _check_pixels(array.dtype, where)
+
+
+def _nonfinite(count: int | None, first: int) -> str:
+    many = f"{count} samples hold NaN or infinity, the first is" if count else "NaN or infinity in sample"
+    return f"{many} {first}; remove or mend them"
+
+
+def _check_pixels(dtype: np.dtype[Any], where: str) -> None:
+    if dtype != np.uint8:
+        raise UsageError(
+            f"{where}: images must be uint8 (0 to 255), got {dtype}; for inputs that are prepared already "
+            "use a module task"
+        )
+
+
+def _is_image(value: Any) -> bool:
+    return type(value).__module__.startswith("PIL.")
+
+
+def _is_encoded(value: Any) -> bool:
+    """An image as Parquet files of the hub hold it: ``{"bytes": ..., "path": ...}``."""
+    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
+
+
+# --- labels
+
+
+def _labels(values: Any, where: str) -> list[int] | NamedLabels | None:
+    values = as_array(values).tolist() if hasattr(values, "dtype") else list(values)
+    missing = [value is None or value != value for value in values]  # noqa: PLR0124 - NaN
+    if all(missing):
+        return None
+    if any(missing):
+        first = next(compress(range(len(values)), missing))
+        raise UsageError(
+            f"{where}: {sum(missing)} of {len(values)} labels are missing, the first of sample {first}"
+        )
+    if all(isinstance(value, str) for value in values):
+        if not all(value.strip().lstrip("-").isdigit() for value in values):
+            return NamedLabels(values, where)
+        values = [int(value) for value in values]
+    values = [value.item() if isinstance(value, np.generic | Tensor) else value for value in values]
+    wrong = next((i for i, v in enumerate(values) if not isinstance(v, int | float) or v != int(v)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"{where}: the label of sample {wrong} is {values[wrong]!r}; a label is one class number or name"
+        )
+    numbers = [int(value) for value in values]
+    if all(number == UNLABELLED for number in numbers):
+        return None
+    if min(numbers) < 0:
+        raise UsageError(
+            f"{where}: sample {numbers.index(min(numbers))} has the label {min(numbers)}; "
+            "classes count from 0"
+        )
+    return numbers
+
+
+# --- content
+
+
+def _fingerprint(inputs: Sequence[Any], labels: Sequence[int] | None) -> str:
+    digest = hashlib.sha256()
+    for value in inputs:
+        digest.update(sample_digest(value))
+    if isinstance(labels, NamedLabels):
+        digest.update("\n".join(labels.names).encode())
+    elif labels is not None:
+        digest.update(np.asarray(labels, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, str):
+        data = value.encode("utf-8", "surrogatepass")
+        digest.update(b"text %d " % len(data) + data)
+    elif isinstance(value, Path):
+        digest.update(b"file " + hashlib.sha256(value.read_bytes()).digest())
+    elif isinstance(value, tuple):
+        digest.update(b"tuple %d " % len(value))
+        for part in value:
+            _feed(digest, part)
+    elif isinstance(value, Mapping):
+        for key in sorted(value):
+            _feed(digest, str(key))
+            _feed(digest, value[key])
+    elif isinstance(value, bytes):
+        digest.update(b"bytes %d " % len(value) + value)
+    elif value is None:
+        digest.update(b"none ")
+    elif _is_image(value):
+        digest.update(f"image {value.mode} {value.size} ".encode() + value.tobytes())
+    else:
+        array = np.ascontiguousarray(as_array(value))
+        digest.update(f"array {array.dtype.str} {array.shape} ".encode() + array.tobytes())

@@ -1,0 +1,251 @@
+"""Models of transformers built from opened weights, under the expert's own tensor names.
+
+Nothing is read from a path here but tokenizers and processors: values come from `Weights`, so that a LoRA
+adapter over its base, a head beside a merged body and an ordinary expert are all built the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from .. import naming
+from ..alignment import shapes_of
+from ..errors import UsageError, WeightsError
+from ..weights.source import Weights
+
+_ADAPTER = "adapter_config.json"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and its notes about tensors: what matters here is raised."""
+    log = transformers.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def is_partial(weights: Weights) -> bool:
+    """Whether weights are a change of a base (a LoRA adapter), not a model."""
+    return bool(weights.low_rank) or (weights.folder is not None and (weights.folder / _ADAPTER).is_file())
+
+
+def classifier(auto: Any, expert: Weights, base: Weights, *, partial: bool | None = None) -> nn.Module:
+    """A classification model with the expert's values, in float32 and evaluation mode.
+
+    Args:
+        auto: the auto class, such as ``AutoModelForSequenceClassification``.
+        expert: a whole model, or a part of one over the base.
+        base: where tensors come from that a partial expert does not hold.
+        partial: whether the base may stand in; told from the expert when None.
+
+    Raises:
+        WeightsError: no configuration, no such model in transformers, or tensors missing: of a head, that is
+            said.
+    """
+    partial = is_partial(expert) if partial is None else partial
+    config = configuration(expert if expert.config is not None else base)
+    if partial and expert.config is None:
+        width = {expert.specs[name].shape[0] for name in _outputs(auto, config) if name in expert.specs}
+        if len(width) == 1:
+            config.num_labels = width.pop()
+    return build(auto, config, expert, base if partial else None)
+
+
+def encoder(expert: Weights, base: Weights) -> nn.Module:
+    """An encoder without a head, in float32 and evaluation mode. Raises as `classifier`."""
+    config = configuration(expert if expert.config is not None else base)
+    return build(transformers.AutoModel, config, expert, base if is_partial(expert) else None)
+
+
+def build(auto: Any, config: Any, expert: Weights, base: Weights | None) -> nn.Module:
+    """Fill a model of transformers from weights.
+
+    Args:
+        auto: the auto class.
+        config: its configuration.
+        expert: names as in the model.
+        base: stands in for tensors that the expert does not hold; its names may differ by a prefix.
+
+    Raises:
+        WeightsError: tensors are missing or of another shape; all are listed.
+    """
+    skeleton = _skeleton(auto, config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    tensors = _tensors(wanted, expert, base)
+    wrong = [
+        f"{name}: {list(tensor.shape)}, the configuration says {list(wanted[name])}"
+        for name, tensor in tensors.items()
+        if tuple(tensor.shape) != wanted[name]
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{expert.label} does not fit its configuration:\n" + "\n".join(f"  - {w}" for w in wrong[:20])
+        )
+    with quiet():
+        module, info = type(skeleton).from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, local_files_only=True
+        )
+    if info["missing_keys"]:
+        _refuse_missing(sorted(info["missing_keys"]), expert, auto, config)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.float().eval()  # type: ignore[no-any-return]
+
+
+def configuration(weights: Weights) -> Any:
+    """The configuration object of opened weights.
+
+    Raises:
+        WeightsError: there is none, or this transformers does not know its model type.
+    """
+    fields = dict(weights.config or {})
+    kind = fields.pop("model_type", None)
+    if kind is None:
+        raise WeightsError(
+            f"{weights.label} has no config.json that names a model_type; give the whole folder, or use a "
+            "module task for a model that is none of transformers"
+        )
+    try:
+        return type(transformers.AutoConfig.for_model(kind)).from_dict(fields)
+    except ValueError:
+        raise WeightsError(
+            f"{weights.label}: transformers {transformers.__version__} knows no model_type '{kind}'; "
+            "use a module task"
+        ) from None
+
+
+def tokenizer_of(expert: Weights, base: Weights) -> Any:
+    """The expert's tokenizer, else the base's.
+
+    Raises:
+        UsageError: neither folder has one.
+    """
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
+    return load_from(transformers.AutoTokenizer, _folder_with(files, expert, base, "tokenizer"))
+
+
+def load_from(auto: Any, folder: Path) -> Any:
+    """A tokenizer or processor from a local folder.
+
+    Raises:
+        UsageError: it cannot be loaded, with the library's own reason.
+    """
+    try:
+        with quiet():
+            return auto.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise UsageError(f"{auto.__name__} cannot load from {folder}: {error}") from None
+
+
+def processor_folder(expert: Weights, base: Weights) -> Path | None:
+    """The folder with a ``preprocessor_config.json``: the expert's, else the base's, else None."""
+    for weights in (expert, base):
+        if weights.folder is not None and (weights.folder / "preprocessor_config.json").is_file():
+            return weights.folder
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """A small JSON file, or None where there is none.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+
+
+def low_rank_change(weights: Weights, name: str) -> Tensor:
+    """The change that LoRA factors stand for, in float32 and the tensor's own shape when reshaped."""
+    factors = weights.factors(name)
+    return (factors.left.float() * factors.scale) @ factors.right.float()
+
+
+def _folder_with(files: tuple[str, ...], expert: Weights, base: Weights, what: str) -> Path:
+    folders = [weights.folder for weights in (expert, base) if weights.folder is not None]
+    for folder in folders:
+        if any((folder / name).is_file() for name in files):
+            return folder
+    raise UsageError(
+        f"neither {expert.label} nor {base.label} comes with a {what} ({', '.join(files)}); pass {what}="
+    )
+
+
+def _skeleton(auto: Any, config: Any) -> Any:
+    """The model without values."""
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except ValueError:
+        raise WeightsError(
+            f"transformers has no {auto.__name__} for the model type '{config.model_type}'"
+        ) from None
+
+
+def _outputs(auto: Any, config: Any) -> tuple[str, ...]:
+    """The tensors that make the logits: those whose shape follows the number of classes."""
+    shapes: list[Mapping[str, Any]] = []
+    for count in (3, 5):
+        trial = type(config).from_dict({**config.to_dict(), "id2label": dict.fromkeys(range(count), "")})
+        shapes.append({name: tensor.shape for name, tensor in _skeleton(auto, trial).state_dict().items()})
+    return tuple(name for name, shape in shapes[0].items() if shapes[1].get(name) != shape)
+
+
+def _tensors(
+    wanted: Mapping[str, tuple[int, ...]], expert: Weights, base: Weights | None
+) -> dict[str, Tensor]:
+    """Copies of the values by the model's names; what nobody has is left out."""
+    prefixes, shapes = naming.Prefixes(), {}
+    if base is not None:
+        shapes = shapes_of(base)
+        prefixes = naming.align(shapes, wanted, lambda: None)[0]
+    tensors = {}
+    for name, shape in wanted.items():
+        stored = expert.aliases.get(name, name)
+        full = stored in expert.specs and stored not in expert.low_rank
+        value = expert.read(stored) if full else None
+        if value is None and base is not None:
+            own = prefixes.to_base(name, shapes.__contains__)
+            value = None if own is None else base.read(base.aliases.get(own, own))
+            if value is not None and stored in expert.low_rank:
+                value = value.float() + low_rank_change(expert, stored).reshape(value.shape)
+            elif value is not None and tuple(value.shape) != shape:
+                value = None  # the base's own head, for other classes
+        if value is not None:
+            tensors[name] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+    return tensors
+
+
+def _refuse_missing(missing: list[str], expert: Weights, auto: Any, config: Any) -> None:
+    outputs = _outputs(auto, config)
+    # An encoder's pooler is of no use here, and sentence encoders often come without.
+    missing = [name for name in missing if outputs or not name.startswith("pooler.")]
+    if not missing:
+        return
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    if any(name in outputs for name in missing):
+        saved = " (for an adapter: modules_to_save)" if is_partial(expert) else ""
+        raise WeightsError(
+            f"{expert.label} has no head: it lacks {shown}. Give the expert as it was saved with its "
+            f"head{saved}; for an encoder under a zero-shot head, use the kind text_embedding"
+        )
+    raise WeightsError(f"{expert.label} lacks tensors that {auto.__name__} needs: {shown}")

@@ -1,0 +1,113 @@
+"""Labels as class numbers: checked against the model's classes once these are known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from ..errors import UsageError
+from .task import Samples
+
+_GENERIC = re.compile(r"LABEL_\d+")
+
+
+class NamedLabels(Sequence[int]):
+    """Labels that a data set stores by name: class numbers as soon as the model says what its classes are.
+
+    Args:
+        names: one a sample.
+        source: where they come from, for messages.
+    """
+
+    def __init__(self, names: Sequence[str], source: str) -> None:
+        self.names, self.source = names, source
+        self._numbers: list[int] | None = None
+        self._problem = "no model has said yet which classes it has"
+
+    def settle(self, classes: Sequence[str] | None) -> None:
+        """Number the names by the model's classes; on a misfit the error comes when a label is used."""
+        self._numbers, self._problem = None, ""
+        if classes is None:
+            self._problem = "the model does not name its classes"
+            return
+        numbers = {name: number for number, name in enumerate(classes)}
+        folded: dict[str, int] = {}
+        for name, number in numbers.items():
+            key = _fold(name)
+            folded[key] = -1 if key in folded else number
+        found = {name: numbers.get(name, folded.get(_fold(name), -1)) for name in set(self.names)}
+        unknown = sorted(name for name, number in found.items() if number < 0)
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:5])) + (" ..." if len(unknown) > 5 else "")
+            known = ", ".join(map(repr, list(classes)[:10])) + (" ..." if len(classes) > 10 else "")
+            self._problem = f"{shown} are none of the model's classes ({known})"
+            return
+        self._numbers = [found[name] for name in self.names]
+
+    def check(self) -> list[int]:
+        """The class numbers.
+
+        Raises:
+            UsageError: the names are not, or not yet, those of the model's classes.
+        """
+        if self._numbers is None:
+            raise UsageError(
+                f"the labels of {self.source} are names, and {self._problem}. "
+                "Give label_names: the names in the order of the model's outputs"
+            )
+        return self._numbers
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self.check()[index]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def class_names(config: Mapping[str, Any] | None) -> list[str] | None:
+    """The names of a configuration's classes by number; None where it only counts them (``LABEL_0``)."""
+    found = (config or {}).get("id2label")
+    if not isinstance(found, Mapping) or not found:
+        return None
+    by_number = {int(key): str(name) for key, name in found.items()}
+    names = [by_number.get(number, "") for number in range(len(by_number))]
+    return None if any(not name or _GENERIC.fullmatch(name) for name in names) else names
+
+
+def settle(
+    task: str,
+    adapt: Samples | None,
+    evaluate: Samples | None,
+    width: int,
+    names: Sequence[str] | None,
+) -> None:
+    """Check a task's labels against a head that has just become known.
+
+    Labels of the adaptation data may bear names that the model does not know, as long as nobody uses them.
+
+    Raises:
+        UsageError: the head's width does not fit the names or the labels, or names that the model lacks.
+    """
+    if names is not None and len(names) != width:
+        raise UsageError(f"task '{task}': {len(names)} label_names, but the head has {width} outputs")
+    for which, samples in (("adapt", adapt), ("evaluate", evaluate)):
+        if samples is None or samples.labels is None:
+            continue
+        if isinstance(samples.labels, NamedLabels):
+            samples.labels.settle(names)
+            if which == "evaluate":
+                samples.labels.check()
+        elif max(samples.labels) >= width:
+            raise UsageError(
+                f"task '{task}': {which} ({samples.source}) has the label {max(samples.labels)}, but the "
+                f"head has {width} outputs (0 to {width - 1}). Is this the expert of another task?"
+            )
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name.strip().casefold())

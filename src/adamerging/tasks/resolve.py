@@ -1,0 +1,191 @@
+"""The ``tasks:`` section of a recipe → tasks."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .. import naming
+from ..errors import UsageError
+from ..weights.source import Weights
+from .data import refuse_overlap
+from .huggingface import is_partial
+from .image_classification import image_task
+from .labels import class_names
+from .module import module_task
+from .task import Task
+from .text_classification import embedding_text_task, text_task
+
+Kind = Literal["text", "text_embedding", "image", "module"]
+
+_USES: Mapping[str, tuple[str, ...]] = {
+    "text": ("max_length", "pair_field", "tokenizer"),
+    "text_embedding": ("max_length", "tokenizer", "head"),
+    "image": ("processor",),
+    "module": ("model", "head", "collate", "forward"),
+}
+
+
+class TaskSpec(BaseModel):
+    """One task of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    kind: Kind | None = Field(
+        None, description="What the inputs and the model are; told from the expert when unset."
+    )
+    adapt: str | None = Field(
+        None, description="Unlabeled data: a file, a folder, file.npz:split, or org/name:split."
+    )
+    evaluate: str | None = Field(None, description="Labelled data for scores; disjoint from `adapt`.")
+    input_field: str | None = Field(None, description="Column of the text, image or array.")
+    label_field: str | None = Field(None, description="Column of the label.")
+    pair_field: str | None = Field(None, description="Column of a second text (kind text).")
+    label_names: list[str] | None = Field(None, description="Class names by number; the expert's when unset.")
+    max_length: int | None = Field(None, ge=1, description="Tokens kept of a text.")
+    tokenizer: str | None = Field(None, description="Folder of a tokenizer; the expert's when unset.")
+    processor: str | None = Field(None, description="Folder of an image processor; the expert's when unset.")
+    head: str | None = Field(
+        None,
+        description="Kind text_embedding: safetensors file with one matrix (classes, width). "
+        "Kind module: package.module:name.",
+    )
+    model: str | None = Field(None, description="Kind module: what makes the model, package.module:name.")
+    collate: str | None = Field(None, description="Kind module: samples → batch, package.module:name.")
+    forward: str | None = Field(
+        None, description="Kind module: (module, batch) → output, package.module:name."
+    )
+
+
+def make_tasks(
+    specs: Mapping[str, TaskSpec],
+    experts: Mapping[str, Weights],
+    base: Weights,
+    *,
+    folder: Path | None = None,
+    transductive: bool = False,
+) -> list[Task]:
+    """The tasks of a recipe, in its order.
+
+    Args:
+        specs: by task name.
+        experts: opened, by task name.
+        base: opened.
+        folder: paths that exist in it are taken from it: the recipe's own folder.
+        transductive: adaptation and evaluation data may overlap.
+
+    Raises:
+        UsageError: a task without expert or data, options that its kind has no use for, data that cannot be
+            read, or splits that overlap.
+    """
+    unknown = [name for name in specs if name not in experts]
+    if unknown:
+        raise UsageError(
+            f"tasks without an expert: {', '.join(unknown)}; the experts are {', '.join(experts)}"
+        )
+    tasks = [make_task(name, spec, experts[name], base, folder) for name, spec in specs.items()]
+    refuse_overlap(tasks, transductive=transductive)
+    return tasks
+
+
+def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder: Path | None = None) -> Task:
+    """One task of a recipe. Raises as `make_tasks`, overlap apart."""
+    if spec.adapt is None and spec.evaluate is None:
+        raise UsageError(f"task '{name}' has no data; give adapt (unlabeled), evaluate (labelled), or both")
+    kind = spec.kind or guess_kind(name, expert, base, has_model=spec.model is not None)
+    _check_options(name, kind, spec)
+    adapt, evaluate = beside(folder, spec.adapt), beside(folder, spec.evaluate)
+    names = spec.label_names or class_names(expert.config)
+    if kind == "text":
+        return text_task(
+            name, adapt, evaluate, max_length=spec.max_length, text_field=spec.input_field,
+            label_field=spec.label_field, pair_field=spec.pair_field, label_names=names,
+            tokenizer=beside(folder, spec.tokenizer),
+        )  # fmt: skip
+    if kind == "text_embedding":
+        return embedding_text_task(
+            name, adapt, evaluate, head=beside(folder, spec.head), max_length=spec.max_length,
+            text_field=spec.input_field, label_field=spec.label_field, label_names=spec.label_names,
+            tokenizer=beside(folder, spec.tokenizer),
+        )  # fmt: skip
+    if kind == "image":
+        return image_task(
+            name, adapt, evaluate, image_field=spec.input_field, label_field=spec.label_field,
+            label_names=names, processor=beside(folder, spec.processor),
+        )  # fmt: skip
+    if spec.model is None:
+        raise UsageError(
+            f"task '{name}' is of kind module: name what makes its model, model: package.module:name"
+        )
+    return module_task(
+        name, adapt, evaluate, model=named(spec.model), head=named(spec.head), collate=named(spec.collate),
+        forward=named(spec.forward), input_field=spec.input_field, label_field=spec.label_field,
+        label_names=spec.label_names,
+    )  # fmt: skip
+
+
+def guess_kind(name: str, expert: Weights, base: Weights, *, has_model: bool = False) -> Kind:
+    """What kind of task an expert is for, from its configuration (an adapter's: from the base's).
+
+    Raises:
+        UsageError: nothing tells.
+    """
+    if has_model:
+        return "module"
+    if expert.folder is not None and (expert.folder / "heads" / f"{name}.safetensors").is_file():
+        return "text_embedding"
+    architecture = naming.architecture(expert.config) or ""
+    if architecture.endswith("ForSequenceClassification"):
+        return "text"
+    if architecture.endswith("ForImageClassification"):
+        return "image"
+    if is_partial(expert) and expert.metadata.get("task_type") in ("SEQ_CLS", "", None):
+        fields = base.config or {}
+        if expert.metadata.get("task_type") == "SEQ_CLS" or "vocab_size" in fields:
+            return "text"
+        if "image_size" in fields or "num_channels" in fields:
+            return "image"
+    raise UsageError(
+        f"task '{name}': its expert {expert.label} ({architecture or 'no configuration'}) does not tell what "
+        "kind of task this is; give kind: text, text_embedding, image or module"
+    )
+
+
+def named(path: str | None) -> Any:
+    """The object that ``package.module:name`` names; None for None.
+
+    Raises:
+        UsageError: it cannot be imported, or there is none of that name.
+    """
+    if path is None:
+        return None
+    found = re.fullmatch(r"([\w.]+):([\w.]+)", path)
+    if found is None:
+        raise UsageError(f"{path!r} is no name of an object; write package.module:name")
+    try:
+        value: Any = importlib.import_module(found[1])
+        for part in found[2].split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be imported: {error}") from None
+    return value
+
+
+def beside(folder: Path | None, value: str | None) -> str | None:
+    """A path that exists in a folder (a split behind a colon kept), else the value itself."""
+    if folder is None or value is None:
+        return value
+    plain = value.rpartition(":")[0] if ":" in value and not (folder / value).exists() else value
+    return str(folder / value) if plain and (folder / plain).exists() else value
+
+
+def _check_options(name: str, kind: Kind, spec: TaskSpec) -> None:
+    special = {option for options in _USES.values() for option in options}
+    useless = [option for option in sorted(special - set(_USES[kind])) if getattr(spec, option) is not None]
+    if useless:
+        raise UsageError(f"task '{name}' is of kind {kind}, which has no use for: {', '.join(useless)}")
