@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
-from .methods.stage import REDUCED, SCOPES, Chunk, Scope, Stage, run_stages
+from .methods.stage import REDUCED, SCOPES, Chunk, Scope, Stage, row_size, run_stages
 from .plan import Entry
 from .schedule import Schedule, value_at
 from .task_vectors import Opened, TaskVectors
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+_LEAST = 256
+"""A sample takes so many values of every chunk: less would cost as much."""
 
 
 class Workers:
@@ -121,10 +124,27 @@ class StackStream:
         """Apply ``function`` to every chunk, in parallel; results come in the chunks' order."""
         return self.workers.map(lambda job: function(_last(self.stages, job)), self._jobs())
 
+    def sample(self, function: Callable[[Chunk], T], values: int) -> Iterator[T]:
+        """Apply ``function`` to the begin of every chunk, together at least ``values`` values of each row."""
+        share = values / max(1, self.numel())
+
+        def begin(job: _Job) -> _Job:
+            length = job.stop - job.start
+            whole = 1 if self._scope == "element" else row_size(job.opened.entry.spec.shape)
+            wanted = length if self._scope == "tensor" else max(_LEAST, int(length * share) + 1)
+            return replace(job, stop=min(job.stop, job.start + -(-wanted // whole) * whole))
+
+        return self.workers.map(
+            lambda job: function(_last(self.stages, job)), (begin(job) for job in self._jobs())
+        )
+
+    @property
+    def _scope(self) -> Scope:
+        return max((stage.scope for stage in self.stages), key=SCOPES.index, default="element")
+
     def _jobs(self) -> Iterator[_Job]:
-        scope: Scope = max((stage.scope for stage in self.stages), key=SCOPES.index, default="element")
         for entry in self.entries:
-            yield from jobs(self.vectors, self.workers, self.stages, self.model_states, entry, scope)
+            yield from jobs(self.vectors, self.workers, self.stages, self.model_states, entry, self._scope)
 
 
 @dataclass(frozen=True, slots=True)

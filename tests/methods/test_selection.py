@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adamerging.methods import selection
 from adamerging.methods.selection import Top, find_top, keep, part_of
 from adamerging.stream import StackStream, Workers
 from contract.support import make_base, make_experts, task_vectors
@@ -29,6 +30,12 @@ class Rows:
             chunk = type("Piece", (), {})()
             chunk.stack, chunk.start = self.stack[:, start : start + self.step], start
             yield function(chunk)
+
+    def sample(self, function, values):
+        return self.map(function)
+
+    def numel(self):
+        return self.stack.shape[1]
 
 
 def selected(row: torch.Tensor, top: Top, step: int) -> torch.Tensor:
@@ -108,6 +115,22 @@ def test_over_a_whole_model_in_two_dtypes():
     assert tops[2] == Top(float("inf"))
     for row, top, count in zip(rows, tops[:2], (5, 100), strict=False):
         assert top.threshold == row.abs().topk(count).values[-1]
+
+
+@pytest.mark.parametrize("held", [4, 1 << 20], ids=["in histograms", "held"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("guess", ["lowest", "highest", "one value"])
+def test_a_misleading_sample_costs_passes_and_nothing_else(monkeypatch, held, dtype, guess):
+    monkeypatch.setattr(selection, "_HELD", held)
+    monkeypatch.setattr(selection, "_BINS", 16)
+    row = torch.randn(3000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    stream = Rows(row[None], 700)
+    sample = row[row.abs().argsort()]
+    few = {"lowest": sample[:100], "highest": sample[-100:], "one value": row[:1].repeat(100)}[guess]
+    monkeypatch.setattr(stream, "sample", lambda function, values: Rows(few[None], 60).map(function))
+    for count in (1, 600, 2999, 3000):
+        [top] = find_top(stream, [count], exact=True)
+        assert top == Top(row.abs().topk(count).values[-1].item())
 
 
 def test_of_nothing():

@@ -55,14 +55,12 @@ def middle_of_tensor(density: Fraction, outliers: Fraction) -> Stage:
         return list(zip(tops[::2], tops[1::2], strict=True))
 
     def apply(chunk: Chunk, tops: list[tuple[Top, Top]]) -> Tensor:
-        return torch.stack(
-            [
-                keep(row, lower, chunk.start).sub_(keep(row, upper, chunk.start))
-                for row, (upper, lower) in zip(chunk.stack, tops, strict=True)
-            ]
-        )
+        kept = torch.empty_like(chunk.stack)
+        for row, (upper, lower), out in zip(chunk.stack, tops, kept, strict=True):
+            keep(row, lower, chunk.start, out).sub_(keep(row, upper, chunk.start))
+        return kept
 
-    return Stage("keep the middle of each tensor", apply, survey, reads=3)
+    return Stage("keep the middle of each tensor", apply, survey, reads=2)
 
 
 def middle_of_rows(density: Fraction, outliers: Fraction) -> Stage:

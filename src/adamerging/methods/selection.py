@@ -1,9 +1,10 @@
 """Exact selection of the largest magnitudes of a vector that never is in memory as a whole.
 
 The bits of a non-negative float, read as an integer, sort as the float does. So the magnitude of a
-given rank is found digit by digit: a histogram of the leading 16 bits tells the leading digit of the
-answer, a second one over the values that begin with it tells the next, and so on (two passes for
-float32, four for float64). No sort, no copy of the vector.
+given rank is closed in on by brackets of integers: one pass over the values counts those above the
+bracket and gathers those inside it, of which there are few, because a sample has told where to look. No
+sort, no copy of the vector. The sample saves passes and decides nothing: a rank that turns out to lie
+outside its bracket is looked for again on that side.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .stage import Chunk, Stream
 
-_DIGIT = 16
+_SAMPLE = 1 << 16  # values of each row that the first bracket is guessed from, of one tensor
+_HELD = 1 << 21  # values in brackets, all together, that are held before they go into histograms
+_BINS = 1 << 22  # bins of all histograms together
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,41 +55,40 @@ def find_top(
         rows: the row that each request is about; request i is about row i by default.
     """
     rows = range(len(counts)) if rows is None else rows
-    found = _magnitudes_at_rank(stream, rows, counts)
-    tops = [Top(threshold) for threshold, _, _ in found]
+    tops = [Top(float("inf")) for _ in counts]
+    searches = {i: _Search(rows[i], count) for i, count in enumerate(counts) if count > 0}
+    _search(stream, list(searches.values()))
+    for i, found in searches.items():
+        tops[i] = Top(found.value(stream.dtype))
     # Of zeros it does not matter which are selected.
-    left = {
-        i: equal for i, (threshold, equal, spare) in enumerate(found) if exact and spare and threshold > 0
-    }
-    if not left:
-        return tops
+    left = {i: found.within for i, found in searches.items() if exact and found.beyond and found.low}
+    shared = [(i, rows[i], tops[i].threshold) for i in left]
 
-    def ties(chunk: Chunk) -> dict[int, Tensor]:
-        return {
-            i: (chunk.stack[rows[i]].abs() == tops[i].threshold).nonzero()[:, 0] + chunk.start for i in left
-        }
+    def ties(chunk: Chunk) -> dict[int, np.ndarray]:
+        found = ((i, np.abs(chunk.stack[row].numpy()) == value) for i, row, value in shared)
+        return {i: np.flatnonzero(equal) + chunk.start for i, equal in found}
 
-    pending = dict(left)
-    for positions in stream.map(ties):
-        for i in list(pending):
-            if len(positions[i]) >= pending[i]:
-                tops[i] = Top(tops[i].threshold, int(positions[i][pending.pop(i) - 1]))
+    for positions in stream.map(ties) if shared else ():
+        for i in list(left):
+            if len(positions[i]) >= left[i]:
+                tops[i] = Top(tops[i].threshold, int(positions[i][left.pop(i) - 1]))
             else:
-                pending[i] -= len(positions[i])
-        if not pending:
+                left[i] -= len(positions[i])
+        if not left:
             break
     return tops
 
 
-def keep(values: Tensor, top: Top, start: int) -> Tensor:
+def keep(values: Tensor, top: Top, start: int, out: Tensor | None = None) -> Tensor:
     """``values`` ``(n,)`` with everything outside ``top`` set to zero; ``start`` is their flat position."""
+    out = torch.empty_like(values) if out is None else out
     if top.threshold == float("inf"):
-        return torch.zeros_like(values)
-    kept = torch.nn.functional.hardshrink(values, _just_below(top.threshold, values.dtype))
-    if top.last is not None and start + len(values) > top.last + 1:
-        tail = kept[max(0, top.last + 1 - start) :]
-        tail[tail.abs() == top.threshold] = 0
-    return kept
+        return out.zero_()
+    split = len(values) if top.last is None else min(max(0, top.last + 1 - start), len(values))
+    at_least = _just_below(top.threshold, values.dtype)
+    torch.hardshrink(values[:split], at_least, out=out[:split])
+    torch.hardshrink(values[split:], top.threshold, out=out[split:])
+    return out
 
 
 def _just_below(threshold: float, dtype: torch.dtype) -> float:
@@ -94,46 +97,127 @@ def _just_below(threshold: float, dtype: torch.dtype) -> float:
     return (near.nextafter(torch.zeros_like(near)) if near.item() >= threshold else near).item()
 
 
-def _magnitudes_at_rank(
-    stream: Stream, rows: Sequence[int], counts: Sequence[int]
-) -> list[tuple[float, int, int]]:
-    """By request: the magnitude of that rank, and how many values equal to it lie within and beyond it.
+def _search(stream: Stream, searches: Sequence[_Search]) -> None:
+    """Find what every search is after, all of them in the same passes."""
+    bits = torch.int64 if stream.dtype == torch.float64 else torch.int32
+    rows = sorted({search.row for search in searches})
 
-    Requests about one row share its histograms as long as their digits agree.
+    def magnitudes(chunk: Chunk) -> dict[int, np.ndarray]:
+        return {row: _bits_of_magnitudes(chunk.stack[row].to(stream.dtype)) for row in rows}
+
+    if searches:
+        guesses = list(stream.sample(magnitudes, min(4 * _SAMPLE, max(_SAMPLE, stream.numel() // 64))))
+        samples = {row: np.sort(np.concatenate([guess[row] for guess in guesses])) for row in rows}
+        for search in searches:
+            search.begin(samples[search.row], stream.numel(), end=1 << (8 * bits.itemsize - 1))
+    while active := [search for search in searches if not search.found]:
+        for search in active:
+            search.prepare(_HELD // len(active), _BINS // len(active))
+
+        def look(chunk: Chunk, active: Sequence[_Search] = active) -> list[tuple[int, np.ndarray]]:
+            values = magnitudes(chunk)
+            return [search.look(values[search.row]) for search in active]
+
+        for looks in stream.map(look):
+            for search, (above, inside) in zip(active, looks, strict=True):
+                search.add(above, inside)
+        for search in active:
+            search.close_in()
+
+
+def _bits_of_magnitudes(values: Tensor) -> np.ndarray:
+    magnitudes: np.ndarray = np.abs(values.numpy())
+    return magnitudes.view(np.uint64 if values.dtype == torch.float64 else np.uint32)
+
+
+class _Search:
+    """The magnitude of one rank in one row, whose bits are looked for in the bracket ``[low, high)``.
+
+    Args:
+        row: of the stack.
+        rank: 1 is the largest.
+
+    Attributes:
+        found: whether ``low`` is the answer.
+        within, beyond: then, how many values equal to it are within the rank, and how many beyond.
     """
-    integer = torch.int64 if stream.dtype == torch.float64 else torch.int32
-    active = [i for i, count in enumerate(counts) if count > 0]
-    prefixes, ranks, spare = [0] * len(counts), list(counts), [0] * len(counts)
-    for shift in range(integer.itemsize * 8 - _DIGIT, -1, -_DIGIT) if active else ():
-        wanted = sorted({(rows[i], prefixes[i]) for i in active})
 
-        def histograms(
-            chunk: Chunk, wanted: Sequence[tuple[int, int]] = wanted, shift: int = shift
-        ) -> Tensor:
-            stack = chunk.stack.to(stream.dtype)
-            return torch.stack([_histogram(stack[row], prefix, shift) for row, prefix in wanted])
+    def __init__(self, row: int, rank: int) -> None:
+        self.row, self.rank = row, rank
+        self.low = self.high = self.within = self.beyond = 0
+        self.found = False
 
-        total = torch.zeros(len(wanted), 1 << _DIGIT, dtype=torch.int64)
-        for part in stream.map(histograms):
-            total += part
-        up_to = [line.cumsum(0) for line in total]
-        for i in active:
-            line = wanted.index((rows[i], prefixes[i]))
-            numel = int(up_to[line][-1])
-            digit = int(torch.searchsorted(up_to[line], numel - ranks[i], right=True))
-            here = int(total[line, digit])
-            ranks[i] -= numel - int(up_to[line][digit])
-            spare[i] = here - ranks[i]
-            prefixes[i] = prefixes[i] << _DIGIT | digit
-    values = torch.tensor(prefixes, dtype=integer).view(stream.dtype).tolist()
-    return [(values[i] if counts[i] > 0 else float("inf"), ranks[i], spare[i]) for i in range(len(counts))]
+    def value(self, dtype: torch.dtype) -> float:
+        """The magnitude, once it is found."""
+        integer = torch.int64 if dtype == torch.float64 else torch.int32
+        return torch.tensor(self.low, dtype=integer).view(dtype).item()
 
+    def begin(self, sample: np.ndarray, numel: int, end: int) -> None:
+        """Guess a bracket from a sorted sample, four standard deviations to either side of the rank."""
+        self.low, self.high, self._limits = 0, end, (0, end)
+        size, share = len(sample), self.rank / numel
+        margin = int(4 * (size * share * (1 - share)) ** 0.5) + 4
+        place = size - round(size * share)
+        if place - margin >= 0:
+            self.low = int(sample[place - margin])
+        if place + margin < size:
+            self.high = int(sample[place + margin]) + 1
 
-def _histogram(values: Tensor, prefix: int, shift: int) -> Tensor:
-    """Counts of the 16 bits at ``shift`` among the magnitudes whose bits above them are ``prefix``."""
-    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    bits = values.abs().view(integer)
-    if shift + _DIGIT < integer.itemsize * 8:
-        bits = bits[bits >> (shift + _DIGIT) == prefix]
-    digits = (bits >> shift) & 0xFFFF
-    return torch.bincount(digits, minlength=1 << _DIGIT)
+    def prepare(self, room: int, bins: int) -> None:
+        """Get ready for one pass: hold up to ``room`` values, then count them in up to ``bins`` bins."""
+        self._above, self._size, self._room = 0, 0, room
+        self._held: list[np.ndarray] = []
+        self._histogram: np.ndarray | None = None
+        self._shift = max(0, (self.high - self.low - 1).bit_length() - bins.bit_length() + 1)
+
+    def look(self, bits: np.ndarray) -> tuple[int, np.ndarray]:
+        """How many values of a piece are above the bracket, and those inside, less its lower end."""
+        offset = bits - bits.dtype.type(self.low)  # of what is below the bracket: huge
+        return int(np.count_nonzero(bits >= self.high)), offset[offset < self.high - self.low]
+
+    def add(self, above: int, inside: np.ndarray) -> None:
+        """Take in what `look` saw in one piece."""
+        self._above += above
+        self._held.append(inside)
+        self._size += len(inside)
+        if self._size > self._room:
+            self._fold()
+
+    def _fold(self) -> None:
+        """Count what is held in the histogram, and let it go."""
+        if not self._held:
+            return
+        bins = ((self.high - self.low - 1) >> self._shift) + 1
+        digits = (np.concatenate(self._held) >> self._shift).astype(np.intp)
+        counts = np.bincount(digits, minlength=bins)
+        if self._histogram is not None:
+            counts += self._histogram
+        self._histogram = counts
+        self._held, self._size = [], 0
+
+    def close_in(self) -> None:
+        """After the pass: the answer, or the next bracket: a part of this one, or what lies beside it."""
+        if self._histogram is None:
+            starts, counts = np.unique(np.concatenate(self._held), return_counts=True)
+            width = 1
+        else:
+            self._fold()
+            bins = self._histogram.nonzero()[0]
+            starts, counts, width = bins << self._shift, self._histogram[bins], 1 << self._shift
+        up_to = counts.cumsum()
+        inside = int(counts.sum())
+        position = inside - (self.rank - self._above)  # among those inside, from the smallest
+        least, end = self._limits
+        if position >= inside:
+            self.low, self.high = self.high, end
+        elif position < 0:
+            self.low, self.high = least, self.low
+        else:
+            bin_ = int(np.searchsorted(up_to, position, side="right"))
+            self.low += int(starts[bin_])
+            self.high = min(self.low + width, self.high)
+            self.found = width == 1
+            self.within = int(up_to[bin_]) - position
+            self.beyond = int(counts[bin_]) - self.within
+        self._limits = self.low, self.high
+        del self._held, self._histogram

@@ -113,6 +113,10 @@ class Stream(Protocol):
         """Apply ``function`` to every chunk, in parallel; results come in the chunks' order."""
         ...
 
+    def sample(self, function: Callable[[Chunk], T], values: int) -> Iterable[T]:
+        """Apply ``function`` to the begin of every chunk, together at least ``values`` values of each row."""
+        ...
+
     def numel(self) -> int:
         """Elements of one task vector over all chunks."""
         ...

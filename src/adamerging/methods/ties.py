@@ -44,6 +44,9 @@ def trim(density: Fraction, scope: Literal["model", "tensor"]) -> Stage:
         return find_top(stream, counts, exact=scope == "tensor")
 
     def apply(chunk: Chunk, tops: list[Top]) -> Tensor:
-        return torch.stack([keep(row, top, chunk.start) for row, top in zip(chunk.stack, tops, strict=True)])
+        kept = torch.empty_like(chunk.stack)
+        for row, top, out in zip(chunk.stack, tops, kept, strict=True):
+            keep(row, top, chunk.start, out)
+        return kept
 
-    return Stage("trim", apply, survey, per=scope, reads=2 if scope == "model" else 3)
+    return Stage("trim", apply, survey, per=scope, reads=1 if scope == "model" else 2)
