@@ -1,0 +1,124 @@
+"""One working copy of the body, shared by the modules of all tasks.
+
+Every task has a module of its own (its head differs), but the body's tensors in all of them are the
+same objects: writing the merged weights once changes every task's model, and gradients of all tasks add
+up in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..errors import PlanError
+from ..plan import Plan
+from ..task_vectors import TaskVectors
+
+
+class Body:
+    """The body's tensors by the base's names.
+
+    Args:
+        vectors: base, experts and plan; the body starts as the base.
+        device: where it lives.
+    """
+
+    def __init__(self, vectors: TaskVectors, device: torch.device) -> None:
+        self.plan, self.device = vectors.plan, device
+        self.tensors: dict[str, Tensor] = {}
+        for name, entry in vectors.plan.entries.items():
+            value = vectors.base.read(name)
+            if value.is_floating_point():
+                self.tensors[name] = Parameter(
+                    value.to(device, vectors.dtype(entry), copy=True), requires_grad=False
+                )
+            else:
+                self.tensors[name] = value.to(device, copy=True)
+
+    def attach(self, task: str, module: nn.Module) -> nn.Module:
+        """Replace the body's tensors in a task's module by the shared ones; the rest stays its own.
+
+        Raises:
+            PlanError: a tensor of the module is neither the body's nor of its task's head.
+        """
+        module = module.to(self.device).eval().requires_grad_(False)
+        names = names_in_expert(self.plan, task)
+        floating = [tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point()]
+        module = module.to(max(floating, key=lambda dtype: dtype.itemsize, default=torch.float32))
+        shared: dict[int, Tensor] = {}
+        stored = module.state_dict(keep_vars=True)
+        heads = self.plan.heads.get(task, {})
+        for name, tensor in stored.items():
+            if name in names and name not in heads:
+                own = self.tensors[names[name]]
+                if own.shape != tensor.shape:
+                    raise PlanError(
+                        [f"{name} of task '{task}' is {list(tensor.shape)}, the body's {list(own.shape)}"]
+                    )
+                shared[id(tensor)] = own
+        strange = [
+            n for n, t in stored.items() if id(t) not in shared and n not in heads and t.is_floating_point()
+        ]
+        if strange and heads:
+            raise PlanError(
+                [f"{name} of task '{task}' is neither in the body nor in its head" for name in strange]
+            )
+        for part in module.modules():
+            for leaf, tensor in list(part._parameters.items()):
+                if tensor is not None and id(tensor) in shared:
+                    part._parameters[leaf] = shared[id(tensor)]  # type: ignore[assignment]
+            for leaf, tensor in list(part._buffers.items()):
+                if tensor is not None and id(tensor) in shared:
+                    part._buffers[leaf] = shared[id(tensor)].detach()
+        return module
+
+    def train_only(self, names: set[str]) -> None:
+        """Ask for gradients of these tensors alone."""
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point():
+                tensor.requires_grad_(name in names)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients there are, by name."""
+        return {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
+
+    def clear_gradients(self) -> None:
+        """Forget them."""
+        for tensor in self.tensors.values():
+            tensor.grad = None
+
+    def load_expert(self, vectors: TaskVectors, task: str) -> None:
+        """Make the body this expert's, exactly, statistics included."""
+        row = vectors.tasks.index(task)
+        with torch.no_grad():
+            for entry in self.plan.entries.values():
+                if task not in entry.sources:
+                    self.tensors[entry.name].copy_(vectors.base.read(entry.name))
+                    continue
+                opened = vectors.open(entry).experts[row]
+                if isinstance(opened, Tensor):
+                    values = opened.reshape(-1)
+                    target = self.tensors[entry.name].view(-1)
+                    target.copy_(vectors.base.read(entry.name).reshape(-1))
+                    target[: vectors.numel(entry)].copy_(values[: vectors.numel(entry)])
+                else:
+                    chunk = vectors.read(vectors.open(entry), 0, vectors.numel(entry))
+                    self.tensors[entry.name].view(-1)[: vectors.numel(entry)].copy_(
+                        chunk.base + chunk.vectors[row]
+                    )
+
+
+def names_in_expert(plan: Plan, task: str) -> Mapping[str, str]:
+    """The body's tensors by the names they have in one task's module."""
+    prefixes = plan.prefixes.get(task)
+    names = {}
+    for name, entry in plan.entries.items():
+        names[entry.sources.get(task, name)] = name
+        if prefixes is not None and name.startswith(prefixes.base):
+            names.setdefault(prefixes.expert + name[len(prefixes.base) :], name)
+    for alias, name in plan.aliases.items():
+        names.setdefault(alias, name)
+    return names

@@ -1,0 +1,115 @@
+"""A disk cache keyed by content: what was computed from the same weights and data is not computed again.
+
+Keys are hashes of everything a result depends on, never paths. Files appear whole or not at all. The
+folder is ``$ADAMERGING_CACHE``, by default ``~/.cache/adamerging``; ``adamerging cache --clear`` empties it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import __version__
+from ..output.tensors import TensorWriter
+from ..weights.source import Spec, Weights
+
+
+def cache_folder() -> Path:
+    """Where cached files lie."""
+    return Path(os.environ.get("ADAMERGING_CACHE") or Path.home() / ".cache" / "adamerging")
+
+
+def cache_size() -> int:
+    """Bytes in the cache."""
+    return sum(path.stat().st_size for path in cache_folder().glob("*.safetensors"))
+
+
+def clear_cache() -> int:
+    """Remove every cached file; returns the bytes freed."""
+    freed = cache_size()
+    for path in cache_folder().glob("*.safetensors"):
+        path.unlink(missing_ok=True)
+    for path in cache_folder().glob(".*.partial"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return freed
+
+
+def key(*parts: Any) -> str:
+    """A hash of JSON-able parts and of this package's version."""
+    text = json.dumps([__version__, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def content_of(weights: Weights, hashes: Mapping[Path, str]) -> list[str]:
+    """What identifies weights: sha256 of their files, or of their values where they are in memory.
+
+    Args:
+        weights: any weights.
+        hashes: sha256 by file.
+    """
+    if weights.files:
+        return [hashes[path] for path in weights.files]
+    digest = hashlib.sha256()
+    for name, spec in weights.specs.items():
+        digest.update(f"{name} {spec}".encode())
+        digest.update(
+            weights.read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
+    return [digest.hexdigest()]
+
+
+def cached(
+    name: str, specs: Mapping[str, Spec], fill: Callable[[TensorWriter], None]
+) -> Mapping[str, Tensor]:
+    """The tensors stored under a key, computed by ``fill`` if they are not there yet.
+
+    Args:
+        name: the key.
+        specs: names, shapes and dtypes of the tensors.
+        fill: writes all of them, in order.
+
+    Returns:
+        Views of a memory-mapped file.
+    """
+    folder = cache_folder()
+    path = folder / f"{name}.safetensors"
+    found = _open(path, specs)
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=folder)
+        os.close(handle)
+        os.unlink(partial)
+        try:
+            with TensorWriter(Path(partial), specs, {}) as writer:
+                fill(writer)
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+        found = _open(path, specs)
+        assert found is not None
+    return found
+
+
+def _open(path: Path, specs: Mapping[str, Spec]) -> dict[str, Tensor] | None:
+    """The stored tensors; None when there is no such file or it is damaged (then it is removed)."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in specs}
+        if all(tuple(tensors[name].shape) == spec.shape for name, spec in specs.items()):
+            return tensors
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError):
+        pass
+    path.unlink(missing_ok=True)
+    return None

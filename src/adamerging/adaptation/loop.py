@@ -1,0 +1,290 @@
+"""Learn coefficients: write merged weights, run every task's batch, contract the gradient, step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdamergingError
+from ..tasks.task import Inputs, Task
+from .batches import Batches
+from .batchnorm import batchnorm_layers, recalibrate
+from .body import Body
+from .coefficients import Layout
+from .objectives import Objective, sample_entropy
+from .settings import AdaptSettings
+from .state import State, optimizer_tensors, restore_optimizer
+from .store import VectorStore
+
+
+class NonFiniteLossError(AdamergingError):
+    """The loss of a task became NaN or infinite; the state before that step is kept."""
+
+    exit_code = 5
+
+
+class InterruptedRun(AdamergingError):  # noqa: N818 - not an error of the run
+    """The user stopped the run; its state is saved."""
+
+    exit_code = 130
+
+
+@dataclass
+class Learner:
+    """One task while coefficients are learned.
+
+    Attributes:
+        task: its data and how its model is run.
+        module: the model, its body shared with the other tasks.
+        train, held: sample numbers to learn from and to check on.
+        batches: the order of the training samples.
+        expert_logits: by sample number the expert's logits, where they were asked for.
+    """
+
+    task: Task
+    module: nn.Module
+    train: Sequence[int]
+    held: Sequence[int]
+    batches: Batches
+    costs: Sequence[int] | None = None
+    expert_logits: dict[int, Tensor] = field(default_factory=dict)
+
+    def inputs(self, samples: Sequence[int], device: torch.device) -> Inputs:
+        """The batch of these samples, on the device."""
+        assert self.task.adapt is not None
+        batch = self.task.collate([self.task.adapt.inputs[i] for i in samples])
+        return {name: value.to(device) for name, value in batch.items()}
+
+    def target(self, objective: Objective, samples: Sequence[int], device: torch.device) -> Tensor | None:
+        """What the objective compares the logits with."""
+        if objective.target == "expert":
+            return torch.stack([self.expert_logits[i] for i in samples]).to(device)
+        if objective.target == "labels":
+            assert self.task.adapt is not None and self.task.adapt.labels is not None
+            return torch.tensor([self.task.adapt.labels[i] for i in samples], device=device)
+        return None
+
+
+@dataclass
+class Loop:
+    """The optimisation, from a state to the last step.
+
+    Args:
+        settings: how to learn.
+        objective: what to minimise.
+        body, store, where: the working tensors, the vectors, the layout of the coefficients.
+        learners: the tasks.
+        state: where to start; changed in place.
+        save: called every so often and at an interruption.
+        callback: told of every record of the history.
+    """
+
+    settings: AdaptSettings
+    objective: Objective
+    body: Body
+    store: VectorStore
+    where: Layout
+    learners: Sequence[Learner]
+    state: State
+    save: Callable[[State], None] = lambda _: None
+    callback: Callable[[Mapping[str, Any]], None] = lambda _: None
+
+    def run(self) -> State:
+        """Run to the last step; the body ends as the state that is returned.
+
+        Raises:
+            NonFiniteLossError: names the task and step.
+            InterruptedRun: Ctrl-C; the state is saved.
+        """
+        settings, state = self.settings, self.state
+        values = state.values.detach().clone().requires_grad_(True)
+        optimizer: torch.optim.Optimizer = getattr(torch.optim, settings.optimizer)(
+            [values], lr=settings.lr, **settings.optimizer_options
+        )
+        restore_optimizer(optimizer, state.optimizer)
+        self.body.train_only({entry.name for entry in self.store.entries()})
+        try:
+            while state.step < settings.steps:
+                self._merge(values, state)
+                if state.step % settings.save_every == 0:
+                    self._save(state)
+                if state.step % settings.check_every == 0:
+                    self._check(state)
+                self._step(values, optimizer, state)
+                after = values.detach().clone(), optimizer_tensors(optimizer), state.step + 1
+                state.values, state.optimizer, state.step = after
+            self._merge(values, state)
+            self._check(state)
+        except KeyboardInterrupt:
+            self._save(state)
+            raise InterruptedRun(
+                f"stopped after {state.step} of {settings.steps} steps; the same command goes on from there"
+            ) from None
+        except NonFiniteLossError:
+            self._save(state)
+            raise
+        self.body.train_only(set())
+        if settings.keep == "best" and state.best:
+            state.values = state.best["values"]
+            self._merge(state.values, state)
+        return state
+
+    def _save(self, state: State) -> None:
+        """Save what is needed to do the current step anew."""
+        state.history = [record for record in state.history if record["step"] < state.step]
+        self.save(state)
+
+    def effective(self, values: Tensor) -> Tensor:
+        """The coefficients as they are applied."""
+        return values.clamp(0, 1) if self.settings.clamp == "forward" else values
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes."""
+        if self.settings.precision == "bfloat16":
+            return torch.autocast(self.body.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _merge(self, values: Tensor, state: State) -> None:
+        """Write the merged weights, and keep BatchNorm statistics up with them."""
+        self.store.materialise(self.body.tensors, self.effective(values), self.where)
+        if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
+            return
+        if state.statistics and state.step % self.settings.batchnorm_every:
+            self._load_statistics(state.statistics)
+            return
+        self.recalibrate(rounds=4 if state.step < self.settings.steps else 16)
+        state.statistics = self.statistics()
+
+    def recalibrate(self, rounds: int) -> None:
+        """Re-estimate BatchNorm statistics on training samples."""
+        batches = [
+            [learner.inputs(learner.batches.at(number), self.body.device) for learner in self.learners]
+            for number in range(rounds)
+        ]
+        recalibrate(
+            [learner.module for learner in self.learners],
+            [learner.task.forward for learner in self.learners],
+            batches,
+        )
+
+    def statistics(self) -> dict[str, Tensor]:
+        """A copy of the BatchNorm statistics in use."""
+        names = [n for n in self.body.tensors if n.endswith(("running_mean", "running_var"))]
+        return {name: self.body.tensors[name].detach().clone() for name in names}
+
+    def _load_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in statistics.items():
+                self.body.tensors[name].copy_(value)
+
+    def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
+        settings, device = self.settings, self.body.device
+        started = time.perf_counter()
+        self.body.clear_gradients()
+        losses: dict[str, float] = {}
+        with self.autocast():
+            for learner in self.learners:
+                for part in range(settings.batches_per_step):
+                    samples = learner.batches.at(state.step * settings.batches_per_step + part)
+                    logits = learner.task.forward(learner.module, learner.inputs(samples, device))
+                    loss = self.objective.loss(
+                        logits.float() if logits.dtype == torch.bfloat16 else logits,
+                        learner.target(self.objective, samples, device),
+                    )
+                    value = float(loss.detach())
+                    if not math.isfinite(value):
+                        raise NonFiniteLossError(
+                            f"the loss of task '{learner.task.name}' is {value} at step {state.step}; "
+                            "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
+                        )
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    name = learner.task.name
+                    losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+        effective = self.effective(values)
+        optimizer.zero_grad()
+        if effective.requires_grad:
+            gradient = self.store.pull_back(self.body.gradients(), self.where)
+            effective.backward(gradient.to(effective))  # type: ignore[no-untyped-call]
+        self.body.clear_gradients()
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate(state.step)
+        optimizer.step()
+        if settings.clamp == "project":
+            with torch.no_grad():
+                values.clamp_(0, 1)
+        self._note(state, {"step": state.step, "loss": losses, "seconds": time.perf_counter() - started})
+
+    def _rate(self, step: int) -> float:
+        if self.settings.schedule == "constant":
+            return self.settings.lr
+        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * step / max(1, self.settings.steps)))
+
+    def _check(self, state: State) -> None:
+        """Held-out entropy and, where the experts' predictions are known, agreement with them."""
+        record: dict[str, Any] = {"step": state.step, "check": {}}
+        for learner in self.learners:
+            record["check"][learner.task.name] = self._check_task(learner)
+        checks = record["check"].values()
+        if checks and all("kl" in check for check in checks):
+            record["agreement"] = sum(check["agreement"] for check in checks) / len(checks)
+            record["kl"] = sum(check["kl"] for check in checks) / len(checks)
+            best = state.best.get("kl")
+            if best is None or record["kl"] < float(best):
+                state.best = {
+                    "kl": torch.tensor(record["kl"], dtype=torch.float64),
+                    "step": torch.tensor(state.step),
+                    "values": state.values.detach().clone(),
+                }
+        self._note(state, record)
+
+    def _check_task(self, learner: Learner) -> dict[str, float]:
+        samples = learner.held or learner.train[: self.settings.held_out_limit]
+        logits = predict(learner, samples, self.body.device, self.autocast())
+        classes = logits.argmax(-1)
+        counts = torch.bincount(classes, minlength=logits.shape[-1])
+        result = {
+            "entropy": float(sample_entropy(logits).mean()),
+            "largest_class": float(counts.max() / len(classes)),
+        }
+        if all(i in learner.expert_logits for i in samples):
+            expert = torch.stack([learner.expert_logits[i] for i in samples])
+            wanted, found = expert.log_softmax(-1), logits.log_softmax(-1)
+            result["kl"] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+            result["agreement"] = float((expert.argmax(-1) == classes).float().mean())
+            shares = torch.bincount(expert.argmax(-1), minlength=expert.shape[-1])
+            result["largest_class_of_expert"] = float(shares.max() / len(classes))
+        return result
+
+    def _note(self, state: State, record: dict[str, Any]) -> None:
+        state.history.append(record)
+        self.callback(record)
+
+
+def predict(
+    learner: Learner,
+    samples: Sequence[int],
+    device: torch.device,
+    precision: AbstractContextManager[Any],
+    size: int = 64,
+) -> Tensor:
+    """Logits ``(N, C)`` float32 on the CPU of these adaptation samples, in their order."""
+    costs = learner.costs
+    order = list(range(len(samples)))
+    if costs is not None:
+        order.sort(key=lambda position: costs[samples[position]])
+    parts = []
+    with torch.no_grad(), precision:
+        for start in range(0, len(samples), size):
+            chosen = [samples[position] for position in order[start : start + size]]
+            parts.append(learner.task.forward(learner.module, learner.inputs(chosen, device)).float().cpu())
+    logits = torch.cat(parts)
+    result = torch.empty_like(logits)
+    result[torch.tensor(order)] = logits
+    return result

@@ -1,0 +1,121 @@
+"""How coefficients are learned: one typed record, and presets that fill it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import UsageError
+from .coefficients import Granularity
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # The product's default, see docs/adapting.md: a TSV-M merge to start from, a coefficient for every row
+    # of every expert on top of it, learned by agreement with the experts, best held-out state kept.
+    "recommended": {
+        "granularity": "row",
+        "start": "tsv_m",
+        "initial": 0.0,
+        "clamp": "none",
+        "objective": "agreement",
+        "lr": 0.01,
+        "schedule": "cosine",
+        "steps": 100,
+        "group_by_length": True,
+        "held_out": 0.2,
+        "keep": "best",
+        "precision": "auto",
+    },
+    # AdaMerging as the paper describes it (arXiv 2310.02575).
+    "paper": {},
+    # The authors' released code: two batches of each task a step, their losses summed.
+    "released": {"batches_per_step": 2},
+    # AdaMerging++: the trimmed and sign-elected vectors of TIES, not averaged.
+    "paper++": {"vectors": "ties"},
+    # FusionBench's settings for CLIP.
+    "fusionbench": {"steps": 1000, "clamp": "none"},
+}
+
+
+class AdaptSettings(BaseModel):
+    """Settings of adaptation. Defaults of the fields are those of the preset ``paper``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    preset: str = Field(
+        "recommended", description="Where unset fields come from: " + ", ".join(PRESETS) + "."
+    )
+    granularity: Granularity = Field(
+        "tensor", description="What one coefficient covers: task, block, tensor (the paper's layer), or row."
+    )
+    start: str | list[Any] | None = Field(
+        None,
+        description="A method whose merged vector joins the stack with coefficient 1 (tsv_m, ties, ...).",
+    )
+    vectors: str | list[Any] | None = Field(
+        None,
+        description="A method whose transform is applied to the task vectors first (ties for AdaMerging++).",
+    )
+    initial: float = Field(0.3, description="First value of the experts' coefficients.")
+    coefficients: str | None = Field(
+        None, description="File of coefficients of an earlier run to start from."
+    )
+    clamp: Literal["forward", "project", "none"] = Field(
+        "forward",
+        description="Keep coefficients in [0, 1]: when used (paper), after each step, or not at all.",
+    )
+    objective: str = Field("entropy", description="What is minimised; see docs for the list.")
+    objective_options: dict[str, Any] = Field({}, description="Options of the objective.")
+    optimizer: str = Field("Adam", description="Name of a class in torch.optim.")
+    optimizer_options: dict[str, Any] = Field(
+        {}, description="Its further options (betas, weight_decay, ...)."
+    )
+    lr: float = Field(1e-3, gt=0, description="Learning rate.")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate over the steps.")
+    steps: int = Field(500, ge=0, description="Optimiser steps.")
+    batch_size: int = Field(16, ge=1, description="Samples of each task in a batch.")
+    batches_per_step: int = Field(
+        1, ge=1, description="Batches of each task a step; their losses are summed."
+    )
+    group_by_length: bool = Field(False, description="Batch samples of similar length: less padding.")
+    seed: int = Field(0, ge=0, description="Seed of the data order.")
+    held_out: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Part of the adaptation data kept out of the loss, to choose the state by.",
+    )
+    held_out_limit: int = Field(128, ge=1, description="Most held-out samples of each task.")
+    check_every: int = Field(10, ge=1, description="Steps between checks on the held-out part.")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="The state returned: the last, or the best held-out agreement, the start included.",
+    )
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="Of the forward pass; merged weights stay float32. auto: bfloat16 where it is fast.",
+    )
+    device: str = Field("cpu", description="Where the working model lives.")
+    budget: float = Field(0.0, ge=0, description="GB that may hold the task vectors in memory on the device.")
+    batchnorm_every: int = Field(
+        10, ge=1, description="Steps between re-estimations of BatchNorm statistics."
+    )
+    batchnorm: Literal["recalibrate", "keep"] = Field(
+        "recalibrate", description="BatchNorm statistics: re-estimated on the adaptation data, or as merged."
+    )
+    save_every: int = Field(20, ge=1, description="Steps between saves of the state.")
+
+
+def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
+    """The settings with unset fields filled from the preset.
+
+    Raises:
+        UsageError: unknown preset, unknown or unreadable fields.
+    """
+    from ..recipe import make
+
+    preset = fields.get("preset", "recommended")
+    if preset not in PRESETS:
+        raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
+    return make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")

@@ -1,0 +1,111 @@
+"""From settings to the stack of vectors that coefficients apply to: which rows, and which are cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..methods import Method, chain, make_method
+from ..methods.stage import Stage
+from ..output.tensors import TensorWriter
+from ..schedule import value_at
+from ..stream import Pipeline, Workers
+from ..task_vectors import TaskVectors
+from ..weights.source import Spec
+from .cache import cached, key
+from .settings import AdaptSettings
+
+COMBINED = "combined"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The rows that coefficients apply to.
+
+    Attributes:
+        labels: of the rows, in order.
+        initial: first coefficient of each row.
+        cached: rows computed beforehand, by tensor name ``(S', numel)``; they come first.
+        experts: whether the experts' own task vectors follow.
+        nbytes: size of the cached part.
+    """
+
+    labels: tuple[str, ...]
+    initial: tuple[float, ...]
+    cached: Mapping[str, Tensor]
+    experts: bool
+    nbytes: int
+
+
+def build_stack(
+    settings: AdaptSettings,
+    vectors: TaskVectors,
+    workers: Workers,
+    content: Sequence[str],
+    say: Callable[[str], None],
+) -> Stack:
+    """Compute, or take from the cache, what the settings ask for beyond the plain task vectors.
+
+    Args:
+        settings: `start` gives the combined row, `vectors` a transform of the task vectors.
+        vectors: base, experts, plan.
+        workers: threads.
+        content: hashes of the weights, for the cache's key.
+        say: told what is computed, and the size of what is stored.
+
+    Raises:
+        UsageError: unknown methods or options; a transform that ends in one vector.
+    """
+    tasks = vectors.tasks
+    start = None if settings.start is None else parse(settings.start)
+    transform = None if settings.vectors is None else parse(settings.vectors)
+    if transform is not None and any(not stage.keeps_tasks for stage in transform.transform):
+        raise UsageError(
+            f"vectors: '{transform.name}' combines the experts into one vector; use it as 'start'"
+        )
+    depth = (start is not None) + (len(tasks) if transform is not None and transform.transform else 0)
+    entries = vectors.entries()
+    specs = {entry.name: Spec((depth, vectors.numel(entry)), vectors.dtype(entry)) for entry in entries}
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    rows: Mapping[str, Tensor] = {}
+    if depth:
+        stored = [settings.start, settings.vectors, vectors.weights, [entry.name for entry in entries]]
+        say(
+            f"transformed task vectors: {nbytes / 1e6:.0f} MB in the cache (adamerging cache --clear removes it)"
+        )
+
+        def fill(writer: TensorWriter) -> None:
+            pipelines = [_combined(start, vectors, workers)] if start is not None else []
+            if transform is not None and transform.transform:
+                pipelines.append((transform.transform, 1.0))
+            ready = [(Pipeline(vectors, stages, workers), scale) for stages, scale in pipelines]
+            for entry in entries:
+                for pipeline, scale in ready:
+                    pieces = list(workers.map(lambda job: job().stack, pipeline.chunks(entry)))
+                    factor = value_at(scale, entry.name, vectors.places[entry.name])
+                    writer.write((torch.cat(pieces, 1) * factor).to(specs[entry.name].dtype).contiguous())
+
+        rows = cached(key("stack", stored, list(content)), specs, fill)
+    experts = transform is None or not transform.transform
+    labels = ((COMBINED,) if start is not None else ()) + tasks
+    initial = ((1.0,) if start is not None else ()) + (settings.initial,) * len(tasks)
+    return Stack(labels, initial, rows, experts, nbytes)
+
+
+def parse(text: str | Sequence[Any]) -> Method:
+    """A method or chain as a recipe writes it: a name, or a list of names and {name: options}."""
+    items = [text] if isinstance(text, str) else list(text)
+    steps = [(item, {}) if isinstance(item, str) else next(iter(item.items())) for item in items]
+    return chain([make_method(name, options) for name, options in steps])
+
+
+def _combined(method: Method, vectors: TaskVectors, workers: Workers) -> tuple[tuple[Stage, ...], float]:
+    from ..merging import check_method
+
+    check_method(method, vectors, None)
+    return method.stages, method.scale

@@ -1,0 +1,95 @@
+"""What a run of adaptation must remember to go on after it was stopped, saved whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UsageError
+
+
+@dataclass
+class State:
+    """Everything that changes from step to step. The data order is a function of the step.
+
+    Attributes:
+        step: steps done.
+        values: ``(S, width)`` coefficients.
+        optimizer: the optimiser's tensors, by name.
+        statistics: BatchNorm statistics in use, by tensor name.
+        best: the best state seen: its coefficients, statistics and step; empty where none is kept.
+        history: records of steps and checks.
+    """
+
+    step: int
+    values: Tensor
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser of one parameter as named tensors."""
+    state = optimizer.state_dict()["state"].get(0, {})
+    return {key: torch.as_tensor(value).detach().clone() for key, value in state.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    if tensors:
+        current = optimizer.state_dict()
+        current["state"] = {0: {key: value.clone() for key, value in tensors.items()}}
+        optimizer.load_state_dict(current)
+
+
+def save_state(path: Path, state: State, fingerprint: str) -> None:
+    """Write the state beside and rename."""
+    tensors = {"values": state.values.detach().contiguous()}
+    for part in ("optimizer", "statistics", "best"):
+        tensors |= {
+            f"{part}/{name}": value.detach().contiguous() for name, value in getattr(state, part).items()
+        }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".next")
+    metadata = {"step": str(state.step), "fingerprint": fingerprint, "history": json.dumps(state.history)}
+    save_file(tensors, beside, metadata)
+    os.replace(beside, path)
+
+
+def load_state(path: Path, fingerprint: str) -> State | None:
+    """The saved state of the same run; None where there is none.
+
+    Raises:
+        UsageError: the file belongs to a run with other weights, data or settings, or is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"the saved state {path} cannot be read ({error}); remove it to start anew"
+        ) from None
+    if metadata.get("fingerprint") != fingerprint:
+        raise UsageError(
+            f"the unfinished run saved in {path.parent} used other weights, data or settings than this one. "
+            "Restore them to go on with it, or remove that folder to start anew"
+        )
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "statistics": {}, "best": {}}
+    for name, value in tensors.items():
+        part, _, rest = name.partition("/")
+        if rest:
+            parts[part][rest] = value
+    return State(int(metadata["step"]), tensors["values"], **parts, history=json.loads(metadata["history"]))

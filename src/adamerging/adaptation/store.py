@@ -1,0 +1,178 @@
+"""The two passes of adaptation: coefficients → merged weights, and their gradient → coefficients.
+
+    merged[n] = base[n] + Σ_s λ[s, g(n)] · v_s[n]            ∂L/∂λ[s, g] = Σ_{n in g} ⟨∂L/∂merged[n], v_s[n]⟩
+
+Both walk the tensors in cache-sized pieces: read base and vectors (memory-mapped files, LoRA factors, a
+disk cache of transformed vectors), compute, write one piece of the result. No graph runs through the
+merge, and nothing of the size of K models is ever held, unless a budget allows keeping the vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..methods.stage import row_size
+from ..plan import Entry
+from ..stream import Workers
+from ..task_vectors import Opened, TaskVectors
+from ..weights.source import Factors
+from .coefficients import Layout
+
+T = TypeVar("T")
+
+
+@dataclass
+class VectorStore:
+    """Base values and the stack of vectors that coefficients apply to.
+
+    Args:
+        vectors: the experts' task vectors.
+        workers: threads.
+        cached: vectors computed beforehand, by tensor name ``(S', numel)`` float32 views of a mapped file;
+            they come first in the stack.
+        experts: whether the experts' own task vectors follow them.
+        device: where the merged weights live.
+        budget: bytes that may hold the stack itself on ``device``; it is kept there if it fits.
+    """
+
+    vectors: TaskVectors
+    workers: Workers
+    cached: Mapping[str, Tensor] = field(default_factory=dict)
+    experts: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    budget: int = 0
+    _opened: dict[str, Opened] = field(default_factory=dict)
+    _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def entries(self) -> list[Entry]:
+        """The tensors that depend on coefficients: merged, and changed by some expert."""
+        unchanged = set(self.vectors.unchanged())
+        return [entry for entry in self.vectors.entries() if entry.name not in unchanged]
+
+    def scan(self) -> None:
+        """Read everything once, which finds the tensors no expert changed; keep what the budget allows."""
+        list(self.workers.map(lambda job: self.read(*job) and None, self._jobs(self.vectors.entries())))
+        entries = self.entries()
+        depth = len(self.vectors.tasks) * self.experts + max(
+            (len(v) for v in self.cached.values()), default=0
+        )
+        if sum((depth + 1) * self.vectors.numel(entry) * 4 for entry in entries) <= self.budget:
+            for entry in entries:
+                base, stack = self.read(entry, 0, self.vectors.numel(entry))
+                self._kept[entry.name] = base.to(self.device), stack.to(self.device)
+
+    def read(self, entry: Entry, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """One piece: base ``(n,)`` and stack ``(S, n)``."""
+        if entry.name in self._kept:
+            base, stack = self._kept[entry.name]
+            return base[start:stop], stack[:, start:stop]
+        if entry.name not in self._opened:
+            self._opened[entry.name] = self.vectors.open(entry)
+        opened = self._opened[entry.name]
+        if self.experts:
+            chunk = self.vectors.read(opened, start, stop)
+            base, stack = chunk.base, chunk.vectors
+        else:
+            base = opened.base[start:stop].to(self.vectors.dtype(entry))
+            stack = base.new_empty(0, stop - start)
+        if entry.name in self.cached:
+            stack = torch.cat([self.cached[entry.name][:, start:stop].to(base.dtype), stack])
+        return base, stack
+
+    def materialise(self, targets: Mapping[str, Tensor], values: Tensor, where: Layout) -> None:
+        """Write the merged weights of every changed tensor into ``targets`` (by name, in place).
+
+        Args:
+            targets: the working model's tensors, in their shapes.
+            values: ``(S, width)`` coefficients.
+            where: their layout.
+        """
+        values = values.detach()
+
+        def piece(entry: Entry, start: int, stop: int) -> None:
+            base, stack = self.read(entry, start, stop)
+            target = targets[entry.name].detach().view(-1)[start:stop]  # no_grad is per thread
+            own = _columns(values, where, entry, start, stop).to(base)
+            if own.shape[1] == 1:
+                merged = torch.addmv(base, stack.T, own[:, 0])
+            else:
+                merged = base.view(own.shape[1], -1).clone()
+                for row, scale in zip(stack, own, strict=True):
+                    merged.addcmul_(row.view(merged.shape), scale[:, None])
+            target.copy_(merged.view(-1))
+
+        self._run(piece)
+
+    def pull_back(self, gradients: Mapping[str, Tensor], where: Layout) -> Tensor:
+        """Contract the gradients of the merged weights with the stack: ``(S, width)`` float64.
+
+        Args:
+            gradients: by tensor name; a missing one counts as zero.
+            where: the layout of the coefficients.
+        """
+        total = torch.zeros(len(where.rows), where.width, dtype=torch.float64)
+
+        def piece(entry: Entry, start: int, stop: int) -> tuple[slice, Tensor]:
+            gradient = gradients[entry.name].reshape(-1)[start:stop]
+            columns = _range(where, entry, start, stop)
+            if self._factored(entry):
+                return columns, self._contract_factors(entry, gradient, start, columns)
+            _, stack = self.read(entry, start, stop)
+            gradient = gradient.to(stack)
+            count = columns.stop - columns.start
+            if count == 1:
+                return columns, (stack @ gradient)[:, None]
+            return columns, (stack * gradient).view(len(stack), count, -1).sum(-1)
+
+        for columns, part in self._run(piece, gradients):
+            total[:, columns] += part.double().cpu()
+        return total
+
+    def _factored(self, entry: Entry) -> bool:
+        """Whether all that changes a tensor is LoRA factors, which need not be multiplied out."""
+        sources = self._opened[entry.name].experts if entry.name in self._opened else (None,)
+        return self.experts and not self.cached and all(isinstance(source, Factors) for source in sources)
+
+    def _contract_factors(self, entry: Entry, gradient: Tensor, start: int, columns: slice) -> Tensor:
+        """⟨G, scale · L R⟩ = scale · Σ (Gᵀ L)ᵀ ∘ R, row by row of the tensor where rows have coefficients."""
+        parts = []
+        for source in self._opened[entry.name].experts:
+            assert isinstance(source, Factors)
+            size = source.right.shape[1]
+            matrix = gradient.view(-1, size)
+            left = source.left[start // size : start // size + len(matrix)].to(matrix) * source.scale
+            by_row = ((matrix @ source.right.to(matrix).T) * left).sum(1)
+            parts.append(by_row if columns.stop - columns.start > 1 else by_row.sum(0, keepdim=True))
+        return torch.stack(parts)
+
+    def _jobs(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, int, int]]:
+        for entry in entries:
+            if entry.name in self._kept and self.device.type != "cpu":
+                yield entry, 0, self.vectors.numel(entry)  # a device wants few large kernels
+                continue
+            for start, stop in self.vectors.spans(entry, "row"):
+                yield entry, start, stop
+
+    def _run(
+        self, piece: Callable[[Entry, int, int], T], gradients: Mapping[str, Tensor] | None = None
+    ) -> list[T]:
+        entries = [entry for entry in self.entries() if gradients is None or entry.name in gradients]
+        return list(self.workers.map(lambda job: piece(*job), self._jobs(entries)))
+
+
+def _range(where: Layout, entry: Entry, start: int, stop: int) -> slice:
+    """Columns of λ that a piece of whole rows belongs to."""
+    first, last = where.spans[entry.name]
+    if last - first == 1:
+        return slice(first, last)
+    size = row_size(entry.spec.shape)
+    return slice(first + start // size, first + -(-stop // size))
+
+
+def _columns(values: Tensor, where: Layout, entry: Entry, start: int, stop: int) -> Tensor:
+    return values[:, _range(where, entry, start, stop)]

@@ -1,0 +1,40 @@
+"""Iso-C: isotropic merging in the common subspace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .registry import register
+from .spectral import as_matrices
+from .stage import Chunk, Method, Stage
+
+_TEXT_PROJECTION = ("*text_projection*",)
+
+
+@register("iso_c", paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959")
+def iso_c(as_vectors: list[str] | None = None) -> Method:
+    """Sum the task vectors and give every singular direction of the sum the same, mean, strength.
+
+    Vectors and scalars are averaged, so the scale acts on a sum for matrices and on a mean for vectors, as
+    in the paper. The default scale is 1; the paper searches it on labelled data (1.3 for 8 tasks).
+
+    Args:
+        as_vectors: patterns of matrices to average like vectors; by default ``*text_projection*``, as the
+            authors do.
+    """
+    patterns = _TEXT_PROJECTION if as_vectors is None else tuple(as_vectors)
+
+    def apply(chunk: Chunk, _: None) -> Tensor:
+        matrices = as_matrices(chunk, patterns)
+        if matrices is None:
+            return chunk.stack.mean(0, keepdim=True)
+        left, values, right = torch.linalg.svd(matrices.sum(0), full_matrices=False)
+        flat: Tensor = values.mean() * (left @ right)
+        return flat.reshape(1, -1)
+
+    return Method(
+        "iso_c",
+        reduce=Stage("flatten the spectrum", apply, scope="tensor", keeps_tasks=False),
+        weighted=False,
+    )

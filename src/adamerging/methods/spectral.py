@@ -1,0 +1,61 @@
+"""What the spectral methods share: task vectors as matrices, leading singular triplets, polar factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from .stage import Chunk
+
+
+def as_matrices(chunk: Chunk, vectors: Sequence[str]) -> Tensor | None:
+    """The stack of a whole tensor as matrices ``(S, rows, cols)``; a convolution is (out, everything else).
+
+    None for tensors of fewer than two dimensions, with a side of length 1, or whose name matches one of
+    the patterns ``vectors``: those are averaged.
+
+    Raises:
+        NonFiniteError: NaN or infinity, which a decomposition cannot let pass.
+    """
+    if len(chunk.shape) < 2 or any(fnmatchcase(chunk.name, pattern) for pattern in vectors):
+        return None
+    matrices = chunk.stack.reshape(len(chunk.stack), chunk.shape[0], -1)
+    if min(matrices.shape[1:], default=0) < 2:
+        return None
+    if not matrices.isfinite().all():
+        raise NonFiniteError(f"{chunk.name} holds NaN or infinity; exclude it: no decomposition of it exists")
+    return matrices
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``rank`` leading singular triplets of ``(m, n)``: U ``(m, rank)``, S ``(rank,)``, V ``(rank, n)``.
+
+    From the eigenvectors of the smaller Gram matrix in float64, which is several times faster than a
+    singular value decomposition and as exact for leading triplets. A triplet of a zero singular value is
+    zero.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        left, values, right = leading(matrix.T, rank)
+        return right.T, values, left.T
+    wide = matrix.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    left = vectors[:, -rank:].flip(1)
+    values = squares[-rank:].flip(0).clamp_min(0).sqrt()
+    present = values > values.max() * 1e-7
+    right = (left.T @ wide) * torch.where(present, 1 / values, 0.0)[:, None]
+    return left * present, values * present, right
+
+
+def orthogonalise(columns: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns, ``(m, q) → (m, q)``; dependent columns stay dependent.
+
+    The polar factor U (UᵀU)^(-1/2), with the pseudo-inverse where columns are linearly dependent.
+    """
+    squares, vectors = torch.linalg.eigh(columns.T @ columns)
+    present = squares > squares.max() * 1e-10
+    inverse: Tensor = (vectors * torch.where(present, squares, 1.0).rsqrt() * present) @ vectors.T
+    return columns @ inverse
