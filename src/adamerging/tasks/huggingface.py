@@ -16,8 +16,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .. import naming
-from ..alignment import shapes_of
 from ..errors import UsageError, WeightsError
 from ..weights.source import Weights
 
@@ -75,33 +73,29 @@ def encoder(expert: Weights, base: Weights) -> nn.Module:
 def build(auto: Any, config: Any, expert: Weights, base: Weights | None) -> nn.Module:
     """Fill a model of transformers from weights.
 
+    The library may name tensors otherwise than the files do (it renames on loading, and back on saving).
+    The module's ``state_dict()`` speaks of them as the files do.
+
     Args:
         auto: the auto class.
         config: its configuration.
-        expert: names as in the model.
-        base: stands in for tensors that the expert does not hold; its names may differ by a prefix.
+        expert: the values, under the names that a file of such a model has.
+        base: stands in for tensors that the expert does not hold; its names may lack the body's prefix.
 
     Raises:
         WeightsError: tensors are missing or of another shape; all are listed.
     """
     skeleton = _skeleton(auto, config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tensors = _tensors(wanted, expert, base)
-    wrong = [
-        f"{name}: {list(tensor.shape)}, the configuration says {list(wanted[name])}"
-        for name, tensor in tensors.items()
-        if tuple(tensor.shape) != wanted[name]
-    ]
-    if wrong:
-        raise WeightsError(
-            f"{expert.label} does not fit its configuration:\n" + "\n".join(f"  - {w}" for w in wrong[:20])
-        )
-    with quiet():
-        module, info = type(skeleton).from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, local_files_only=True
-        )
+    kind, wanted = type(skeleton), set(skeleton.state_dict())
+    tensors = _tensors(expert, base, kind.base_model_prefix)
+    module, info = _load(kind, config, tensors)
+    if info["mismatched_keys"]:
+        wrong = [f"  - {name}: {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
+        raise WeightsError(f"{expert.label} does not fit its configuration:\n" + "\n".join(wrong[:20]))
     if info["missing_keys"]:
         _refuse_missing(sorted(info["missing_keys"]), expert, auto, config)
+    if not wanted <= set(tensors):
+        _name_as_stored(module, _stored_names(kind, config, tensors))
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module.float().eval()  # type: ignore[no-any-return]
@@ -210,29 +204,76 @@ def _outputs(auto: Any, config: Any) -> tuple[str, ...]:
     return tuple(name for name, shape in shapes[0].items() if shapes[1].get(name) != shape)
 
 
-def _tensors(
-    wanted: Mapping[str, tuple[int, ...]], expert: Weights, base: Weights | None
-) -> dict[str, Tensor]:
-    """Copies of the values by the model's names; what nobody has is left out."""
-    prefixes, shapes = naming.Prefixes(), {}
+def _load(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    with quiet():
+        module, info = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+        )
+    return module, info
+
+
+def _tensors(expert: Weights, base: Weights | None, prefix: str) -> dict[str, Tensor]:
+    """Copies of the values by the names that a file of the expert's model has."""
+    tensors: dict[str, Tensor] = {}
     if base is not None:
-        shapes = shapes_of(base)
-        prefixes = naming.align(shapes, wanted, lambda: None)[0]
-    tensors = {}
-    for name, shape in wanted.items():
+        own = [*base.specs, *base.aliases]
+        lead = "" if any(name.startswith(f"{prefix}.") for name in own) or not prefix else f"{prefix}."
+        tensors = {lead + name: _copy(base.read(base.aliases.get(name, name))) for name in own}
+    for name in (*expert.specs, *expert.aliases):
         stored = expert.aliases.get(name, name)
-        full = stored in expert.specs and stored not in expert.low_rank
-        value = expert.read(stored) if full else None
-        if value is None and base is not None:
-            own = prefixes.to_base(name, shapes.__contains__)
-            value = None if own is None else base.read(base.aliases.get(own, own))
-            if value is not None and stored in expert.low_rank:
-                value = value.float() + low_rank_change(expert, stored).reshape(value.shape)
-            elif value is not None and tuple(value.shape) != shape:
-                value = None  # the base's own head, for other classes
-        if value is not None:
-            tensors[name] = value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        if stored not in expert.low_rank:
+            tensors[name] = _copy(expert.read(stored))
+        elif name in tensors:
+            tensors[name] += low_rank_change(expert, stored).reshape(tensors[name].shape)
+        else:
+            raise WeightsError(f"{expert.label} changes {name}, which its base does not have")
     return tensors
+
+
+def _copy(value: Tensor) -> Tensor:
+    return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _stored_names(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The file's name of each of the module's tensors, found by loading values that tell who they are."""
+    names = list(tensors)
+    marked = {name: _mark(number, tensors[name]) for number, name in enumerate(names)}
+    module, _ = _load(kind, config, marked)
+    found = {}
+    for name, tensor in module.state_dict().items():
+        number = int(tensor.reshape(-1)[0]) if tensor.numel() else -1
+        stored = names[number] if 0 <= number < len(names) else name
+        if stored in marked and torch.equal(tensor, marked[stored]):
+            found[name] = stored
+        elif name not in tensors:
+            raise WeightsError(
+                f"transformers {transformers.__version__} keeps {name} of {kind.__name__} in another layout "
+                "than the file does; convert the experts and the base with it, or use a module task"
+            )
+    return found
+
+
+def _mark(number: int, tensor: Tensor) -> Tensor:
+    """A tensor of the same shape that holds its number, and one other value to show a transposition."""
+    marked = torch.full(tensor.shape, float(number))
+    if tensor.ndim > 1 and tensor.shape[-1] > 1:
+        marked.view(-1)[tensor.shape[-1] - 1] = -1.0
+    return marked
+
+
+def _name_as_stored(module: nn.Module, names: Mapping[str, str]) -> None:
+    def rename(owner: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        del owner, metadata
+        renamed = {prefix + names.get(key[len(prefix) :], key[len(prefix) :]): state[key] for key in state}
+        state.clear()
+        state.update(renamed)
+
+    module._register_state_dict_hook(rename)  # type: ignore[no-untyped-call]
 
 
 def _refuse_missing(missing: list[str], expert: Weights, auto: Any, config: Any) -> None:
