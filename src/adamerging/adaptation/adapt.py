@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..recipe import Settings, make
-from ..run import Prepared, prepare
+from ..run import Prepared, check_out, prepare, run_record
 from ..stream import Workers
+from ..tasks.data import refuse_overlap
 from ..tasks.task import Task
 from ..weights import sha256_file
 from .batches import Batches, split
@@ -28,6 +30,7 @@ from .settings import AdaptSettings, resolve
 from .stack import Stack, build_stack
 from .state import State, load_state, save_state
 from .store import VectorStore
+from .write import work_folder, write_folder, write_record
 
 Say = Callable[[str], None]
 
@@ -119,6 +122,8 @@ def open_session(
     stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
     store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
     store.scan()
+    if not store.entries():
+        raise UsageError("every expert is identical to the base: there is nothing to merge")
     where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
     body = Body(vectors, device)
     learners = [_learner(task, body, prepared, settings) for task in ordered]
@@ -294,6 +299,7 @@ def adapt(
     *,
     out: str | Path | None = None,
     overwrite: bool = False,
+    transductive: bool = False,
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None,
     say: Say = lambda _: None,
     merge: Mapping[str, Any] | None = None,
@@ -307,6 +313,7 @@ def adapt(
         tasks: one for each expert, with adaptation data (see `adamerging.tasks`).
         out: folder to write; a run that was stopped goes on from its last save.
         overwrite: replace the folder of an earlier run.
+        transductive: adaptation and evaluation data may be the same; the record says so.
         callback: told of every step and check.
         say: told in words what takes time.
         merge: fields of `recipe.Settings` that say what is merged (include, exclude, heads, ...).
@@ -317,16 +324,63 @@ def adapt(
     """
     started = time.perf_counter()
     merging = make(Settings, merge or {}, "merge")
+    if merging.tokenizer != "base":
+        raise UsageError("coefficients are learned with the base's tokenizer; tokenizer: base")
+    tasks = list(tasks)
+    refuse_overlap(tasks, transductive=transductive)
     with Workers(merging.threads) as workers:
         session = open_session(base, experts, tasks, settings, merging, workers, say)
-        state = learn(session, callback=callback)
+        folder = check_out(session.prepared, out, overwrite=overwrite) if out is not None else None
+        work = work_folder(out) if out is not None else None
+        state = learn(session, state_file=work / "state.safetensors" if work else None, callback=callback)
         applied = state.values.clamp(0, 1) if session.settings.clamp == "forward" else state.values
+        record = adapt_record(session, state, started, transductive)
+        if folder is not None:
+            with folder:
+                folder.require(session.prepared.nbytes)
+                outputs = write_folder(
+                    folder, session.prepared, session.body.tensors, applied, session.where, state.history
+                )
+                record["outputs"] = outputs
+                write_record(folder, record)
+                folder.commit()
+            if work is not None:
+                shutil.rmtree(work, ignore_errors=True)
     return AdaptResult(
-        applied,
-        session.where,
-        state.history,
-        warnings_of(state.history),
-        {"seconds": time.perf_counter() - started},
-        session.body,
-        session.learners,
-    )
+        applied, session.where, state.history, record["warnings"], record, session.body, session.learners,
+        folder.target if folder is not None else None,
+    )  # fmt: skip
+
+
+def adapt_record(session: Session, state: State, started: float, transductive: bool) -> dict[str, Any]:
+    """What ``run.json`` holds: a merge's record, and how the coefficients were learned."""
+    settings = session.settings
+    checks = [record for record in state.history if "check" in record]
+    chosen = int(state.best["step"]) if settings.keep == "best" and state.best else state.step
+    data = {
+        learner.task.name: {
+            "source": learner.task.adapt.source,
+            "fingerprint": learner.task.adapt.fingerprint,
+            "learned_from": len(learner.train),
+            "held_out": len(learner.held),
+        }
+        for learner in session.learners
+        if learner.task.adapt is not None
+    }
+    record = run_record(session.prepared, started, session.hashes)
+    name = "AdaMerging" if settings.objective == "entropy" else f"learned coefficients ({settings.objective})"
+    return record | {
+        "kind": "adapt",
+        "method": name,
+        "adapt": settings.model_dump(),
+        "labelled": session.objective.target == "labels",
+        "transductive": transductive,
+        "stack": list(session.stack.labels),
+        "coefficients": state.values.numel(),
+        "step": chosen,
+        "start": checks[0] if checks else None,
+        "end": next((check for check in checks if check["step"] == chosen), None),
+        "data": data,
+        "seed": settings.seed,
+        "warnings": warnings_of(state.history),
+    }

@@ -32,8 +32,8 @@ def warnings_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
         lost = first["agreement"] - last["agreement"]
         if lost > _DRIFT and last["entropy"] < first["entropy"]:
             found.append(
-                f"{task}: entropy fell from {first['entropy']:.3f} to {last['entropy']:.3f} while agreement with "
-                f"the expert fell from {first['agreement']:.1%} to {last['agreement']:.1%}; confident is not "
-                "right here, use objective: agreement"
+                f"{task}: entropy fell from {first['entropy']:.3f} to {last['entropy']:.3f} while agreement "
+                f"with the expert fell from {first['agreement']:.1%} to {last['agreement']:.1%}; confident is "
+                "not right here: use objective: agreement"
             )
     return found

@@ -76,7 +76,7 @@ def build_stack(
     if depth:
         stored = [settings.start, settings.vectors, vectors.weights, [entry.name for entry in entries]]
         say(
-            f"transformed task vectors: {nbytes / 1e6:.0f} MB in the cache (adamerging cache --clear removes it)"
+            f"transformed task vectors: {nbytes / 1e6:.0f} MB in the cache (freed by adamerging cache --clear)"
         )
 
         def fill(writer: TensorWriter) -> None:

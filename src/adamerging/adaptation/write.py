@@ -1,0 +1,78 @@
+"""The folder that adaptation writes: what a static merge writes, and the coefficients and their story."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..output.card import model_card
+from ..output.folder import RECORD, OutputFolder
+from ..output.tensors import TensorWriter, index_json
+from ..run import Prepared, write_companions, write_heads
+from .coefficients import Layout, save_coefficients, table
+
+
+def write_folder(
+    folder: OutputFolder,
+    prepared: Prepared,
+    body: Mapping[str, Tensor],
+    values: Tensor,
+    where: Layout,
+    history: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Write weights, heads, companions, coefficients and history; sha256 by file name.
+
+    Args:
+        folder: under construction.
+        prepared: base, experts and plan.
+        body: merged tensors by the base's names, float32; rounded once to the output's dtype.
+        values: ``(S, width)`` coefficients as applied.
+        where: their layout.
+        history: records of steps and checks.
+    """
+    metadata = {"format": "pt", **prepared.vectors.base.metadata, **prepared.plan.aliases}
+    hashes: dict[str, str] = {}
+    for file, specs in prepared.files.items():
+        with TensorWriter(folder.path / file, specs, metadata) as writer:
+            for name, spec in specs.items():
+                writer.write(body[name].detach().cpu().to(spec.dtype).contiguous())
+        hashes[file] = writer.sha256
+    if len(prepared.files) > 1:
+        total = sum(spec.nbytes for specs in prepared.files.values() for spec in specs.values())
+        names = {file: list(specs) for file, specs in prepared.files.items()}
+        folder.write_text("model.safetensors.index.json", index_json(names, total))
+    hashes |= write_heads(prepared, folder)
+    write_companions(prepared, folder)
+    save_coefficients(folder.path / "coefficients.safetensors", values.to(torch.float32), where)
+    folder.write_text("coefficients.csv", as_csv(table(values, where)))
+    folder.write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    return hashes
+
+
+def write_record(folder: OutputFolder, record: Mapping[str, Any]) -> None:
+    """Write ``run.json`` and the model card made from it."""
+    folder.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    folder.write_text("README.md", model_card(record))
+
+
+def as_csv(records: Sequence[Mapping[str, object]]) -> str:
+    """Records with the same keys as CSV with a header."""
+    text = io.StringIO()
+    if records:
+        writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    return text.getvalue()
+
+
+def work_folder(out: str | Path) -> Path:
+    """Where the state of an unfinished run lies: hidden, beside the output."""
+    target = Path(out).absolute()
+    return target.with_name(f".{target.name}.adapting")
