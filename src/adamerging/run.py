@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .errors import PlanError, UsageError
 from .merging import check_method, merged_pieces, output_dtype
 from .methods import Method, chain, make_method
 from .output.card import hub_id, model_card
-from .output.companions import companions, with_dtype
+from .output.companions import companions, is_tokenizer, with_dtype
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import TensorWriter, index_json, sharded, write_tensors
 from .plan import Plan, make_plan
@@ -26,6 +27,7 @@ from .recipe import Recipe, Settings, make
 from .relatedness import UNRELATED, Relatedness, relatedness
 from .stream import Pipeline, Workers
 from .task_vectors import TaskVectors
+from .vocabulary import Vocabulary, extra, settle
 from .weights import Fingerprint, Spec, Weights, open_weights
 
 Progress = Callable[[int, int], None]
@@ -42,6 +44,7 @@ class Prepared:
         vectors: base, experts and plan.
         relatedness: how each expert lies to the base.
         files: the output's weight files, each with the name, shape and dtype of its tensors.
+        vocabulary: rows and tokenizer files where vocabularies differ.
     """
 
     settings: Settings
@@ -49,6 +52,7 @@ class Prepared:
     vectors: TaskVectors
     relatedness: Mapping[str, Relatedness]
     files: Mapping[str, Mapping[str, Spec]]
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @property
     def plan(self) -> Plan:
@@ -59,7 +63,16 @@ class Prepared:
     def nbytes(self) -> int:
         """Bytes of the output's tensors, heads included."""
         body = sum(spec.nbytes for specs in self.files.values() for spec in specs.values())
-        return body + sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
+        heads = sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
+        return body + heads + self._extra_nbytes()
+
+    def _extra_nbytes(self) -> int:
+        """Bytes of the rows that are kept for one task alone."""
+        total = 0
+        for task, rows in self.plan.extra_rows.items():
+            specs = self.vectors.experts[task].specs
+            total += sum(specs[n].nbytes // specs[n].shape[0] * (b - a) for n, (a, b) in rows.items())
+        return total
 
     @property
     def reads(self) -> int:
@@ -125,13 +138,28 @@ def prepare_recipe(recipe: Recipe) -> Prepared:
     """Open, plan and check as a recipe says. Raises as `merge`."""
     fields = recipe.model_dump(include=set(Settings.model_fields))
     settings = Settings.model_validate({**fields, "weights": recipe.weights_by_expert()})
+    experts = {name: expert.path for name, expert in recipe.experts.items()}
+    return prepare(recipe.base, experts, settings, notes=recipe.notes)
+
+
+def prepare_inspection(recipe: Recipe) -> Prepared:
+    """As `prepare_recipe`, for a look: unrelated experts are shown, not refused; the method is no matter."""
+    fields = recipe.model_dump(include={"include", "exclude", "heads", "buffers", "vocabulary", "threads"})
+    settings = Settings.model_validate({**fields, "method": "weighted", "allow": ["unrelated"]})
     return prepare(recipe.base, {name: expert.path for name, expert in recipe.experts.items()}, settings)
 
 
-def prepare(base: Any, experts: Mapping[str, Any], settings: Settings) -> Prepared:
-    """Open, plan and check; reads no more than a sample of the weights. Raises as `merge`."""
+def prepare(
+    base: Any, experts: Mapping[str, Any], settings: Settings, *, notes: Iterable[str] = ()
+) -> Prepared:
+    """Open, plan and check; reads no more than a sample of the weights. Raises as `merge`.
+
+    Args:
+        notes: what a reader of the plan should know besides its own.
+    """
     method = chain([make_method(name, options) for name, options in settings.chain()])
     _check_task_names(experts)
+    _check_tokenizer(settings.tokenizer, experts)
     opened_base = open_weights(base)
     opened = {task: open_weights(source, base=opened_base) for task, source in experts.items()}
     plan = make_plan(
@@ -141,8 +169,12 @@ def prepare(base: Any, experts: Mapping[str, Any], settings: Settings) -> Prepar
         exclude=settings.exclude,
         heads=settings.heads,
         buffers=settings.buffers,
-        vocabulary=settings.vocabulary,
+        vocabulary=settings.vocabulary if settings.tokenizer == "base" else "shared",
     )
+    vocabulary = Vocabulary()
+    if settings.tokenizer != "base" or settings.vocabulary == "shared":
+        plan, vocabulary = settle(plan, opened_base, opened, settings.tokenizer)
+    plan = replace(plan, notes=(*notes, *plan.notes))
     vectors = TaskVectors(
         plan, opened_base, opened, weights=settings.weights, allow_nonfinite="nonfinite" in settings.allow
     )
@@ -152,8 +184,11 @@ def prepare(base: Any, experts: Mapping[str, Any], settings: Settings) -> Prepar
     if "unrelated" not in settings.allow:
         _refuse_unrelated(vectors, related)
     dtype = _dtype(settings)
-    specs = {name: Spec(entry.spec.shape, output_dtype(entry, dtype)) for name, entry in plan.entries.items()}
-    return Prepared(settings, method, vectors, related, sharded(specs, opened_base.shards))
+    specs = {
+        name: Spec(vocabulary.spec(entry).shape, output_dtype(entry, dtype))
+        for name, entry in plan.entries.items()
+    }
+    return Prepared(settings, method, vectors, related, sharded(specs, opened_base.shards), vocabulary)
 
 
 def execute(
@@ -170,29 +205,46 @@ def execute(
         vectors.on_read = _Counter(prepared.reads, progress)
     if out is None:
         body, heads = _in_memory(prepared)
-        return MergeResult(prepared.plan, _record(prepared, started), body=body, heads=heads)
+        return MergeResult(prepared.plan, run_record(prepared, started), body=body, heads=heads)
     inputs = [vectors.base, *vectors.experts.values()]
-    paths = [
-        path for weights in inputs for path in (*weights.files, *([weights.folder] if weights.folder else []))
-    ]
-    with OutputFolder(out, overwrite=overwrite, inputs=paths) as folder:
+    with check_out(prepared, out, overwrite=overwrite) as folder:
         folder.require(prepared.nbytes)
         prints = {path: Fingerprint(path) for weights in inputs for path in weights.files}
-        outputs = _write_body(prepared, folder) | _write_heads(prepared, folder)
-        _write_companions(prepared, folder)
+        outputs = _write_body(prepared, folder) | write_heads(prepared, folder)
+        write_companions(prepared, folder)
         hashes = {path: found.hexdigest() for path, found in prints.items()}
-        record = _record(prepared, started, hashes, outputs)
+        record = run_record(prepared, started, hashes, outputs)
         folder.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         folder.write_text("README.md", model_card(record))
         folder.commit()
     return MergeResult(prepared.plan, record, out=folder.target)
 
 
+def check_out(prepared: Prepared, out: str | Path | None, *, overwrite: bool = False) -> OutputFolder:
+    """The output folder, not created yet, after a look whether it may be written.
+
+    Raises:
+        UsageError: there is no name.
+        OutputError: it exists, or is, holds or lies in an input.
+    """
+    if out is None or not str(out).strip():
+        raise UsageError("no output folder was named")
+    inputs = [prepared.vectors.base, *prepared.vectors.experts.values()]
+    paths = [
+        path for weights in inputs for path in (*weights.files, *([weights.folder] if weights.folder else []))
+    ]
+    return OutputFolder(out, overwrite=overwrite, inputs=paths)
+
+
 def _pipeline(prepared: Prepared, workers: Workers) -> tuple[Pipeline, dict[str, Any]]:
     """The surveyed method, and the keywords of `merged_pieces`."""
     settings, method = prepared.settings, prepared.method
     scale = method.scale if settings.scale is None else settings.scale
-    return Pipeline(prepared.vectors, method.stages, workers), {"scale": scale, "dtype": _dtype(settings)}
+    return Pipeline(prepared.vectors, method.stages, workers), {
+        "scale": scale,
+        "dtype": _dtype(settings),
+        "tails": prepared.vocabulary.tails,
+    }
 
 
 def _write_body(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
@@ -249,10 +301,10 @@ def _head(prepared: Prepared, task: str) -> dict[str, Tensor]:
             head[name] = (own.float() + change.reshape(own.shape)).to(own.dtype)
         else:
             head[name] = expert.read(name).clone()
-    return head
+    return head | extra(expert, prepared.plan.extra_rows.get(task, {}))
 
 
-def _write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
+def write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
     """One folder a task: its head's tensors and the expert's configuration; sha256 by file name."""
     hashes = {}
     for task in prepared.plan.heads:
@@ -261,7 +313,8 @@ def _write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
         if tensors:
             name = f"heads/{task}/head.safetensors"
             (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
-            hashes[name] = write_tensors(folder.path / name, tensors, {"format": "pt"})
+            metadata = {"format": "pt", **prepared.vocabulary.metadata(task, prepared.plan)}
+            hashes[name] = write_tensors(folder.path / name, tensors, metadata)
         if expert.config is not None:
             folder.write_text(
                 f"heads/{task}/config.json", json.dumps(expert.config, indent=2, ensure_ascii=False)
@@ -269,14 +322,28 @@ def _write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
     return hashes
 
 
-def _write_companions(prepared: Prepared, folder: OutputFolder) -> None:
-    """Configuration, tokenizer and whatever else small belongs to the base."""
-    base = prepared.vectors.base
+def write_companions(prepared: Prepared, folder: OutputFolder) -> None:
+    """Configuration and whatever else small belongs to the base; the tokenizer of whom it was asked."""
+    base, tokenizer = prepared.vectors.base, prepared.settings.tokenizer
+    expert = prepared.vectors.experts.get(tokenizer) if tokenizer != "base" else None
+    other = None if expert is None else expert.folder
     if base.folder is not None:
         for path, name in companions(base.folder):
-            folder.copy(path, name)
+            if other is None or not is_tokenizer(name):
+                folder.copy(path, name)
+    if other is not None:
+        for path, name in companions(other):
+            if is_tokenizer(name) or name == "generation_config.json":
+                folder.copy(path, name)
+    for name, text in prepared.vocabulary.files.items():
+        folder.write_text(name, text)
     if base.config is not None:
         config = with_dtype(base.config, prepared.settings.dtype)
+        config = prepared.vocabulary.resized(config, prepared.plan.entries)
+        if expert is not None:  # what ends a text, say, goes with the tokenizer
+            config |= {
+                key: value for key, value in (expert.config or {}).items() if key.endswith("_token_id")
+            }
         folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -290,6 +357,13 @@ def _check_task_names(experts: Mapping[str, Any]) -> None:
     ]
     if bad:
         raise UsageError(f"names of experts become folder names; these cannot: {', '.join(map(repr, bad))}")
+
+
+def _check_tokenizer(tokenizer: str, experts: Mapping[str, Any]) -> None:
+    if tokenizer not in ("base", "union", *experts):
+        raise UsageError(
+            f"tokenizer (='{tokenizer}') must be base, union, or an expert: {', '.join(experts)}"
+        )
 
 
 def _refuse_unrelated(vectors: TaskVectors, related: Mapping[str, Relatedness]) -> None:
@@ -332,13 +406,15 @@ class _Counter:
 
     def __init__(self, total: int, progress: Progress) -> None:
         self.done, self.total, self.progress = 0, total, progress
+        self._lock = threading.Lock()
 
     def __call__(self, values: int) -> None:
-        self.done += values
-        self.progress(min(self.done, self.total), self.total)
+        with self._lock:
+            self.done += values
+            self.progress(min(self.done, self.total), self.total)
 
 
-def _record(
+def run_record(
     prepared: Prepared,
     started: float,
     inputs: Mapping[Path, str] | None = None,
@@ -351,7 +427,7 @@ def _record(
         files = {path.name: (inputs or {}).get(path) for path in weights.files}
         return {
             "label": weights.label,
-            "hub_id": hub_id(weights.label) if weights.folder else None,
+            "hub_id": hub_id(weights.label) if weights.folder and not Path(weights.label).exists() else None,
             "sha256": files,
         }
 
@@ -370,7 +446,9 @@ def _record(
         "config": vectors.base.config is not None,
         "plan": {**prepared.plan.summary(), "notes": list(prepared.plan.notes)},
         "unchanged": list(vectors.unchanged()),
-        "relatedness": {task: found.cosine for task, found in prepared.relatedness.items()},
+        "relatedness": {
+            task: found.cosine for task, found in prepared.relatedness.items() if found.cosine == found.cosine
+        },
         "versions": {
             "adamerging": __version__,
             "torch": torch.__version__,
