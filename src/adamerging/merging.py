@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .plan import Entry
 from .schedule import Schedule, check, value_at
 from .stream import Pipeline
 from .task_vectors import TaskVectors
+from .vocabulary import Rows, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ def merged_pieces(
     *,
     scale: Schedule = 1.0,
     dtype: torch.dtype | None = None,
+    tails: Mapping[str, Sequence[Rows]] | None = None,
 ) -> Iterator[Piece]:
     """Tensors of the merged body, one after the other, in pieces.
 
@@ -76,6 +79,7 @@ def merged_pieces(
         names: of the tensors, in the wanted order.
         scale: λ.
         dtype: of the floating-point output tensors; the base's own when None.
+        tails: by tensor name, what follows the merged rows instead of the base's rows.
 
     Raises:
         NonFiniteError: NaN or infinity in base or experts.
@@ -95,7 +99,10 @@ def merged_pieces(
                 for compute in pipeline.chunks(entry):
                     yield partial(merge, compute, entry, target)
                 done = vectors.numel(entry)
-                if done < entry.spec.numel:
+                if tails is not None and name in tails:
+                    for rows, start, stop in _spans(vectors, entry, tails[name]):
+                        yield partial(_appended, vectors, entry, rows, start, stop, target)
+                elif done < entry.spec.numel:
                     yield partial(_copied, vectors, entry, done, target)
             elif entry.treatment == "averaged":
                 yield partial(_averaged, vectors, entry, target)
@@ -112,6 +119,21 @@ def output_dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
 
 def _copied(vectors: TaskVectors, entry: Entry, start: int, dtype: torch.dtype) -> Piece:
     return Piece(entry, vectors.base.read(entry.name).reshape(-1)[start:].to(dtype))
+
+
+def _spans(vectors: TaskVectors, entry: Entry, tail: Iterable[Rows]) -> Iterator[tuple[Rows, int, int]]:
+    step = max(1, vectors.chunk_values // prod(entry.spec.shape[1:]))
+    for rows in tail:
+        for start in range(0, rows.count, step):
+            yield rows, start, min(start + step, rows.count)
+
+
+def _appended(
+    vectors: TaskVectors, entry: Entry, rows: Rows, start: int, stop: int, dtype: torch.dtype
+) -> Piece:
+    """Rows of a vocabulary that follow those which all share."""
+    values = read_rows(vectors.base, vectors.experts, entry, rows, start, stop)
+    return Piece(entry, values.reshape(-1).to(dtype))
 
 
 def _averaged(vectors: TaskVectors, entry: Entry, dtype: torch.dtype) -> Piece:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -74,9 +75,12 @@ class TaskVectors:
 
     def numel(self, entry: Entry) -> int:
         """How many values of the tensor are merged (the shared rows, where a vocabulary grew)."""
-        if entry.shared_rows is None:
-            return entry.spec.numel
-        return entry.shared_rows * row_size(entry.spec.shape)
+        return prod(self.shape(entry))
+
+    def shape(self, entry: Entry) -> tuple[int, ...]:
+        """Shape of what is merged of the tensor."""
+        shape = entry.spec.shape
+        return shape if entry.shared_rows is None else (entry.shared_rows, *shape[1:])
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """The dtype of all arithmetic: float32, or float64 where the base is."""
@@ -99,7 +103,7 @@ class TaskVectors:
         """The pieces a tensor is read in: ranges of its flattened values that respect ``scope``."""
         total = self.numel(entry)
         step = max(1, self.chunk_values // max(1, len(self.tasks)))
-        size = row_size(entry.spec.shape)
+        size = row_size(self.shape(entry))
         if scope == "tensor":
             step = max(1, total)
         elif scope == "row" or size <= step:
@@ -133,7 +137,7 @@ class TaskVectors:
         )
         return Chunk(
             entry.name,
-            entry.spec.shape,
+            self.shape(entry),
             start,
             stop,
             place,
