@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from . import mergekit
 from .errors import UsageError
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -106,6 +107,12 @@ class Recipe(Settings):
     experts: dict[str, Expert] = Field(description="Experts by task name: a path, or {path, weight}.")
     out: str | None = Field(None, description="Folder to write; it must not exist.")
     overwrite: bool = Field(False, description="Replace the output folder of an earlier run.")
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know about how the recipe came about (a translation from mergekit)."""
+        return self._notes
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -131,7 +138,7 @@ class Recipe(Settings):
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe; paths in it are relative to its folder.
+    """Read a recipe; paths in it are relative to its folder. Or a mergekit configuration, see `mergekit`.
 
     Args:
         path: the YAML file.
@@ -144,6 +151,11 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = Path(path)
     fields = read_yaml(path)
+    if mergekit.is_mergekit(fields):
+        fields, notes = mergekit.translate(fields, str(path))
+        recipe = make(Recipe, {**fields, **(overrides or {})}, str(path))
+        recipe._notes = tuple(notes)
+        return recipe
     for key in ("base", "out"):
         if isinstance(fields.get(key), str):
             fields[key] = _beside(path, fields[key])
