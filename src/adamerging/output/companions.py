@@ -23,29 +23,47 @@ _WEIGHT_SUFFIXES = {
     ".pkl",
     ".index.json",
 }
-_OTHER_FRAMEWORKS = {"onnx", "openvino", "coreml", "tf", "flax", "gguf"}
-_OWN = {"run.json", "readme.md", "heads", "coefficients.safetensors"}
+_OWN = {"run.json", "readme.md", "coefficients.safetensors"}
+_TOKENIZER = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+}
+_TEMPLATES = "additional_chat_templates"
 
 
 def companions(folder: Path) -> Iterator[tuple[Path, str]]:
     """Files of a model folder to carry over: (path, name relative to the folder).
 
-    Not weights of the model (the merge writes them anew; stale copies in other formats would contradict
-    them), not hidden files, not the card. Parts that a ``modules.json`` names (the pooling or dense
-    layers of a sentence encoder) come along whole.
+    Files beside the weights, but not weights (the merge writes them anew; stale copies in other formats
+    would contradict them), not hidden files, not the card. Subfolders stay behind (checkpoints, copies for
+    other frameworks, logs), but for chat templates and the parts that a ``modules.json`` names (the pooling
+    or dense layers of a sentence encoder), which come along whole.
     """
-    parts = _module_parts(folder)
+    parts = _module_parts(folder) | {_TEMPLATES}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        first = relative.parts[0]
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
-        if first in parts:
-            yield path, relative.as_posix()
-            continue
-        own = first.lower() in _OWN or first.lower() in _OTHER_FRAMEWORKS
-        if not own and not any(path.name.endswith(suffix) for suffix in _WEIGHT_SUFFIXES):
-            yield path, relative.as_posix()
+        if len(relative.parts) > 1:
+            if relative.parts[0] in parts:
+                yield path, relative.as_posix()
+        elif path.name.lower() not in _OWN and not path.name.endswith(tuple(_WEIGHT_SUFFIXES)):
+            yield path, path.name
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a file, by its name relative to the model's folder, belongs to the tokenizer."""
+    return name in _TOKENIZER or name.startswith(f"{_TEMPLATES}/")
 
 
 def _module_parts(folder: Path) -> set[str]:
@@ -55,7 +73,7 @@ def _module_parts(folder: Path) -> set[str]:
         return {
             m["path"] for m in modules if m.get("path") and not m.get("type", "").endswith(".Transformer")
         }
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return set()
 
 

@@ -35,8 +35,9 @@ class OutputFolder:
     def __init__(self, target: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
         self.target = Path(os.path.abspath(target))
         self.overwrite = overwrite
-        self.check(inputs)
         self.path = self.target.with_name(f".{self.target.name}.partial")
+        self.old = self.target.with_name(f".{self.target.name}.replaced")
+        self.check(inputs)
         self.hashes: dict[str, str] = {}
         self._lock: int | None = None
 
@@ -49,7 +50,10 @@ class OutputFolder:
                 raise OutputError(
                     f"the output {self.target} is, holds or lies in the input {path}; choose another --out"
                 )
-        if not self.target.exists():
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if not os.path.lexists(self.target):
             return
         if not self.overwrite:
             raise OutputError(
@@ -78,6 +82,8 @@ class OutputFolder:
         for leftover in self.path.iterdir():  # of a run that was killed
             if leftover.name != ".lock":
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.old.exists() and not self.target.exists():  # it was killed between the two renames
+            os.rename(self.old, self.target)
         return self
 
     def __exit__(
@@ -87,12 +93,17 @@ class OutputFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            free = shutil.disk_usage(self.target.parent).free
-            raise OutputError(
-                f"no room to write {self.target}: {error.strerror} ({free / 1e9:.2f} GB free); nothing was "
-                "left behind. Make room or choose an --out on another disk; --dry-run says how much is needed"
-            ) from error
+        if isinstance(error, OSError):
+            raise OutputError(self._explain(error)) from error
+
+    def _explain(self, error: OSError) -> str:
+        if error.errno not in _NO_ROOM:
+            return f"cannot write {self.target}: {error}; nothing was left behind"
+        free = shutil.disk_usage(self.target.parent).free
+        return (
+            f"no room to write {self.target}: {error.strerror} ({free / 1e9:.2f} GB free); nothing was left "
+            "behind. Make room or choose an --out on another disk; --dry-run says how much is needed"
+        )
 
     def require(self, nbytes: int) -> None:
         """Fail now rather than half-way when the disk cannot hold ``nbytes`` more.
@@ -125,15 +136,15 @@ class OutputFolder:
         for path in sorted(self.path.rglob("*")):
             if path.name != ".lock":
                 _sync(path)
-        (self.path / ".lock").unlink()
         _sync(self.path)
-        old = self.target.with_name(f".{self.target.name}.replaced")
+        self._refuse_existing()  # it may have appeared while this run was busy
         if self.target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.target, old)
-        os.rename(self.path, self.target)
+            shutil.rmtree(self.old, ignore_errors=True)
+            os.rename(self.target, self.old)
+        os.rename(self.path, self.target)  # the lock goes along: nobody can take it before this
+        (self.target / ".lock").unlink()
         _sync(self.target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.old, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
 

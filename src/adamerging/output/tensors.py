@@ -7,6 +7,7 @@ next pieces are computed, and asks the disk to take what it has so that the end 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -64,10 +65,13 @@ class TensorWriter:
 
     def __enter__(self) -> TensorWriter:
         self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - closed in __exit__
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)  # a full disk shows here, not at the end
         self._written = self._flushed = 0
-        self._put(memoryview(self._header))
+        try:
+            _reserve(self._file.fileno(), self.nbytes)  # a full disk shows here, not at the end
+            self._put(memoryview(self._header))
+        except BaseException:
+            self._file.close()
+            raise
         self._thread.start()
         return self
 
@@ -111,6 +115,15 @@ class TensorWriter:
         if self._written - self._flushed > _FLUSH_EVERY and hasattr(os, "fdatasync"):
             os.fdatasync(self._file.fileno())
             self._flushed = self._written
+
+
+def _reserve(handle: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(handle, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise  # other file systems cannot reserve; they show a full disk while writing
 
 
 def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> bytes:
