@@ -6,7 +6,7 @@ Every field has a flag of the same name at the command line and a keyword of the
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -61,7 +61,7 @@ class Settings(BaseModel):
     )
     allow: list[Allowance] = Field(
         [],
-        description="Go on in spite of: unrelated (weights do not look fine-tuned from this base), nonfinite.",
+        description="Go on in spite of: unrelated (not fine-tuned from this base, as it looks), nonfinite.",
     )
     threads: int | None = Field(None, ge=1, description="Threads; as many as torch uses when unset.")
 
@@ -142,8 +142,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         path: the YAML file.
-        overrides: fields that replace the file's (flags of the command line); paths in them are taken as
-            they are.
+        overrides: fields that replace the file's (flags of the command line), see `override`; paths in them
+            are taken as they are.
 
     Raises:
         UsageError: not readable, not YAML, a key given twice, unknown keys (the nearest known one is
@@ -153,12 +153,13 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     fields = read_yaml(path)
     if mergekit.is_mergekit(fields):
         fields, notes = mergekit.translate(fields, str(path))
-        recipe = make(Recipe, {**fields, **(overrides or {})}, str(path))
+        recipe = make(Recipe, override(fields, overrides or {}), str(path))
         recipe._notes = tuple(notes)
         return recipe
-    for key in ("base", "out"):
-        if isinstance(fields.get(key), str):
-            fields[key] = _beside(path, fields[key])
+    if isinstance(fields.get("base"), str):
+        fields["base"] = _beside(path, fields["base"])
+    if isinstance(fields.get("out"), str):
+        fields["out"] = str(path.parent / fields["out"])
     experts = fields.get("experts")
     if isinstance(experts, dict):
         for name, expert in experts.items():
@@ -166,7 +167,37 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
                 experts[name] = _beside(path, expert)
             elif isinstance(expert, dict) and isinstance(expert.get("path"), str):
                 expert["path"] = _beside(path, expert["path"])
-    return make(Recipe, {**fields, **(overrides or {})}, str(path))
+    return make(Recipe, override(fields, overrides or {}), str(path))
+
+
+def make_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """A recipe from flags alone. Raises as `load_recipe`."""
+    return make(Recipe, override({}, fields), "the arguments")
+
+
+def override(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe with some of them changed.
+
+    A change replaces the field, with three exceptions. Options add to those of the same method; another
+    method drops the options of the old one. Weights by expert change those experts' and leave the others'.
+    """
+    result = {**fields, **changes}
+    if "method" in changes:
+        result["options"] = changes.get("options", {})
+    elif isinstance(changes.get("options"), Mapping) and isinstance(fields.get("options"), Mapping):
+        result["options"] = {**fields["options"], **changes["options"]}
+    experts = result.get("experts")
+    if "weights" in changes and isinstance(experts, Mapping):
+        common = fields.get("weights", 1.0)
+        old = common if isinstance(common, Mapping) else dict.fromkeys(experts, common)
+        own = {n: e["weight"] for n, e in experts.items() if isinstance(e, Mapping) and "weight" in e}
+        result["experts"] = {
+            n: {k: v for k, v in e.items() if k != "weight"} if isinstance(e, Mapping) else e
+            for n, e in experts.items()
+        }
+        if isinstance(changes["weights"], Mapping):
+            result["weights"] = {**old, **own, **changes["weights"]}
+    return result
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -231,6 +262,10 @@ class _UniqueKeys(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"a key must be a plain word, not {key}", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' is given twice", key_node.start_mark
