@@ -166,7 +166,7 @@ class TaskVectors:
 
     def _describe_nonfinite(self, most: int = 10) -> str:
         lines = []
-        for entry in self.entries():
+        for entry in self.plan.with_treatment("merged", "averaged"):
             opened = self.open(entry)
             for label, source in [("the base", opened.base), *zip(self.tasks, opened.experts, strict=True)]:
                 values = (source.left, source.right) if isinstance(source, Factors) else (source,)
@@ -176,7 +176,7 @@ class TaskVectors:
                     lines.append(f"  - {entry.name} of {who}: {bad} of {entry.spec.numel} values")
         if len(lines) > most:
             lines = [*lines[:most], f"  ... and {len(lines) - most} more"]
-        remedy = "Repair or leave out these weights, exclude the tensors, or ask for them: allow_nonfinite."
+        remedy = "Repair or leave out these weights, exclude the tensors, or go on: --allow nonfinite."
         return "\n".join(["NaN or infinity in weights that were to be merged:", *lines, remedy])
 
     def unchanged(self) -> Sequence[str]:
