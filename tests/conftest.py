@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,45 @@ def data_set(data_dir: Path) -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BERT in `base` and its experts `sst2`, `trec` and `agnews`. Read only."""
+    from models import as_sentence_encoder, save_bert, save_expert
+
+    root = tmp_path_factory.mktemp("family")
+    base = save_bert(root / "base")
+    as_sentence_encoder(base)
+    for seed, name in enumerate(("sst2", "trec", "agnews"), 1):
+        save_expert(root / name, base, seed, labels=1 + seed)
+    return root
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """`cli("merge", base, ...)`: the console script in this process."""
+    from adamerging.cli import main
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["adamerging", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
 
 
 def _skips_for_data(session: pytest.Session) -> list[str]:

@@ -1,0 +1,5 @@
+"""The command line: parse, call, print. Nothing else in the package imports it."""
+
+from .app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,67 @@
+"""The program `adamerging` and its commands. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .failing import TRACEBACK, guard
+from .inspect import inspect
+from .merge import merge
+from .methods import methods
+from .serving import export, predict
+
+EPILOG = "\n\n".join(
+    [
+        "Exit codes: 0 done, 1 unexpected error, 2 usage, 3 weights that cannot be opened, "
+        "4 base and experts do not belong together, 5 NaN or infinity, 6 output cannot be written, "
+        "130 interrupted.",
+    ]
+)
+
+app = typer.Typer(
+    name="adamerging",
+    help="Merge experts fine-tuned from one base into one multi-task model, with no training data.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=EPILOG)(merge)
+app.command(epilog=EPILOG)(inspect)
+app.command()(methods)
+app.command()(predict)
+app.command()(export)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"adamerging {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar=TRACEBACK, help="Show where in the code an error arose.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+    if traceback:
+        os.environ[TRACEBACK] = "1"
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # quiet when piped
+
+
+def main() -> None:
+    """Run the program; the console script."""
+    with guard():
+        app()
