@@ -31,9 +31,8 @@ def ties(
             largest, 0.3 for the sum, and these are the defaults.
         zero_sign: the sign elected where trimmed values cancel exactly; see `signs.elect`.
     """
-    return Method(
-        "ties", (trim(density, scope), elect(zero_sign)), disjoint(reduction), scale=default_scale(reduction)
-    )
+    stages = (elect(zero_sign),) if density == 1 else (trim(density, scope), elect(zero_sign))
+    return Method("ties", stages, disjoint(reduction), scale=default_scale(reduction))
 
 
 def trim(density: Fraction, scope: Literal["model", "tensor"]) -> Stage:
