@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .plan import Plan, make_plan
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
+    from .serving import MergedModel, export, load
+    from .tasks import Samples, Task, embedding_text_task, image_task, module_task, text_task
     from .weights import open_weights
 
 __version__ = "0.1.0"
@@ -38,25 +40,43 @@ _HOME = {
     "load_recipe": "recipe",
     "MergeResult": "run",
     "merge": "run",
+    "MergedModel": "serving",
+    "export": "serving",
+    "load": "serving",
+    "Samples": "tasks",
+    "Task": "tasks",
+    "embedding_text_task": "tasks",
+    "image_task": "tasks",
+    "module_task": "tasks",
+    "text_task": "tasks",
     "open_weights": "weights",
 }
 
 __all__ = [
     "AdamergingError",
     "MergeResult",
+    "MergedModel",
     "MissingExtraError",
     "NonFiniteError",
     "OutputError",
     "Plan",
     "PlanError",
     "Recipe",
+    "Samples",
+    "Task",
     "UnsafeFileError",
     "UsageError",
     "WeightsError",
+    "embedding_text_task",
+    "export",
+    "image_task",
+    "load",
     "load_recipe",
     "make_plan",
     "merge",
+    "module_task",
     "open_weights",
+    "text_task",
 ]
 
 

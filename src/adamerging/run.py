@@ -28,7 +28,7 @@ from .relatedness import UNRELATED, Relatedness, relatedness
 from .stream import Pipeline, Workers
 from .task_vectors import TaskVectors
 from .vocabulary import Vocabulary, extra, settle
-from .weights import Fingerprint, Spec, Weights, open_weights
+from .weights import Fingerprint, Spec, Weights, open_weights, sha256_file
 
 Progress = Callable[[int, int], None]
 """Called with (values read so far, values to read); from any thread."""
@@ -319,6 +319,10 @@ def write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
             folder.write_text(
                 f"heads/{task}/config.json", json.dumps(expert.config, indent=2, ensure_ascii=False)
             )
+        fixed = f"heads/{task}.safetensors"  # a head outside the model, that its encoder was trained under
+        if expert.folder is not None and (expert.folder / fixed).is_file():
+            folder.copy(expert.folder / fixed, fixed)
+            hashes[fixed] = sha256_file(folder.path / fixed)
     return hashes
 
 

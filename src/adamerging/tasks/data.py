@@ -86,9 +86,9 @@ def read_samples(
             + " values"
         )
     inputs: Any = columns[first]
-    _check_inputs(inputs, kind, f"{name}, '{first}'")
+    check_inputs(inputs, kind, f"{name}, '{first}'")
     if pair is not None:
-        _check_inputs(columns[pair], kind, f"{name}, '{pair}'")
+        check_inputs(columns[pair], kind, f"{name}, '{pair}'")
         inputs = list(zip(inputs, columns[pair], strict=True))
     labels = None if label is None else _labels(columns[label], f"{name}, '{label}'")
     if isinstance(labels, NamedLabels) and label_names is not None:
@@ -209,7 +209,8 @@ def _choose(
     return first, pair, label
 
 
-def _check_inputs(inputs: Sequence[Any], kind: DataKind, where: str) -> None:
+def check_inputs(inputs: Sequence[Any], kind: DataKind, where: str) -> None:
+    """Refuse what cannot be inputs of a kind. Raises `UsageError`, naming the sample."""
     if kind == "text":
         wrong = next((i for i, value in enumerate(inputs) if not isinstance(value, str)), None)
         if wrong is not None:

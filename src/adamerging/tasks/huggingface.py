@@ -20,6 +20,8 @@ from ..errors import UsageError, WeightsError
 from ..weights.source import Weights
 
 _ADAPTER = "adapter_config.json"
+PART = {"adamerging.part": "yes"}
+"""Metadata of weights in memory that are a part of a model, to be completed by the base."""
 
 
 @contextlib.contextmanager
@@ -38,24 +40,25 @@ def quiet() -> Iterator[None]:
 
 
 def is_partial(weights: Weights) -> bool:
-    """Whether weights are a change of a base (a LoRA adapter), not a model."""
-    return bool(weights.low_rank) or (weights.folder is not None and (weights.folder / _ADAPTER).is_file())
+    """Whether weights are a change or a part of a model (a LoRA adapter, a head), not a whole one."""
+    if weights.low_rank or PART.items() <= weights.metadata.items():
+        return True
+    return weights.folder is not None and (weights.folder / _ADAPTER).is_file()
 
 
-def classifier(auto: Any, expert: Weights, base: Weights, *, partial: bool | None = None) -> nn.Module:
+def classifier(auto: Any, expert: Weights, base: Weights) -> nn.Module:
     """A classification model with the expert's values, in float32 and evaluation mode.
 
     Args:
         auto: the auto class, such as ``AutoModelForSequenceClassification``.
         expert: a whole model, or a part of one over the base.
         base: where tensors come from that a partial expert does not hold.
-        partial: whether the base may stand in; told from the expert when None.
 
     Raises:
         WeightsError: no configuration, no such model in transformers, or tensors missing: of a head, that is
             said.
     """
-    partial = is_partial(expert) if partial is None else partial
+    partial = is_partial(expert)
     config = configuration(expert if expert.config is not None else base)
     if partial and expert.config is None:
         width = {expert.specs[name].shape[0] for name in _outputs(auto, config) if name in expert.specs}

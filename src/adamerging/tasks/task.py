@@ -50,7 +50,8 @@ class Task:
         evaluate: labelled data for scores; None when the task is only adapted to.
         costs: relative cost of each adaptation sample (token count), to batch like with like; None if equal.
         label_names: names of the classes, where known.
-        settings: how the task was made (its kind and options), as plain data for the record of a run.
+        settings: how the task was made (its kind and options), as plain data for the record of a run;
+            complete once a skeleton was made.
     """
 
     name: str

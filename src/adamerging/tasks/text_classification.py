@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -56,11 +57,12 @@ def text_task(
     """
     fields = Fields(text_field, label_field, pair_field)
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "text", fields, label_names)
-    texts = Tokenised(name, tokenizer, max_length)
+    texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled))
+    settings = _settings("text", max_length, fields)
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
         module = classifier(transformers.AutoModelForSequenceClassification, expert, base)
-        texts.bind(expert, base, module)
+        settings["max_length"] = texts.bind(expert, base, module)
         names = label_names or class_names(module.config.to_dict())  # type: ignore[union-attr, operator]
         settle(name, unlabeled, labelled, int(module.config.num_labels), names)  # type: ignore[union-attr, arg-type]
         return module
@@ -74,7 +76,7 @@ def text_task(
         evaluate=labelled,
         costs=texts.costs,
         label_names=label_names,
-        settings=_settings("text", max_length, fields),
+        settings=settings,
     )
 
 
@@ -112,7 +114,8 @@ def embedding_text_task(
     """
     fields = Fields(text_field, label_field)
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "text", fields, label_names)
-    texts = Tokenised(name, tokenizer, max_length)
+    texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled))
+    settings = _settings("text_embedding", max_length, fields)
     state = _Embedding()
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
@@ -122,7 +125,8 @@ def embedding_text_task(
         if weight.shape[1] != width:
             raise UsageError(f"task '{name}': the head is {weight.shape[1]} wide, the encoder {width}")
         state.head, state.pooling = weight, _pooling(expert, base)
-        texts.bind(expert, base, module)
+        settings["head"] = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+        settings["max_length"] = texts.bind(expert, base, module)
         settle(name, unlabeled, labelled, len(weight), label_names or stated)
         return module
 
@@ -135,7 +139,7 @@ def embedding_text_task(
         evaluate=labelled,
         costs=texts.costs,
         label_names=label_names,
-        settings=_settings("text_embedding", max_length, fields),
+        settings=settings,
     )
 
 
@@ -171,10 +175,11 @@ class Tokenised:
         task: for messages.
         tokenizer: a tokenizer or a folder with one; found beside the model when None.
         max_length: tokens kept of a text; found when None.
+        remember: how many texts to keep the tokens of: those that come again.
     """
 
-    def __init__(self, task: str, tokenizer: Any, max_length: int | None) -> None:
-        self.task, self.max_length = task, max_length
+    def __init__(self, task: str, tokenizer: Any, max_length: int | None, remember: int = 0) -> None:
+        self.task, self.max_length, self.remember = task, max_length, remember
         self.given = (
             load_from(transformers.AutoTokenizer, Path(tokenizer)) if _is_path(tokenizer) else tokenizer
         )
@@ -183,8 +188,8 @@ class Tokenised:
         self._folder: object = None
         self._rows: dict[Any, dict[str, list[int]]] = {}
 
-    def bind(self, expert: Weights, base: Weights, module: Any) -> None:
-        """Take the tokenizer that belongs to a model, and check that it does."""
+    def bind(self, expert: Weights, base: Weights, module: Any) -> int:
+        """Take the tokenizer that belongs to a model, and check that it does; the tokens kept of a text."""
         limit = self.max_length or _trained_length(expert, base)
         tokenizer = self.given or (
             self._tokenizer if self._folder == expert.folder and self._folder else tokenizer_of(expert, base)
@@ -204,6 +209,7 @@ class Tokenised:
         # Classifiers on decoders look for the last token that is no padding.
         if getattr(module.config, "pad_token_id", None) is None:
             module.config.pad_token_id = _padding(tokenizer)
+        return limit
 
     def costs(self, samples: Samples) -> list[int]:
         """Number of tokens of each sample."""
@@ -225,10 +231,6 @@ class Tokenised:
                 batch[key][index, place] = torch.tensor(values)
         return batch
 
-    def forget(self) -> None:
-        """Drop what was tokenised: for texts that will not come again."""
-        self._rows.clear()
-
     def _encode(self, inputs: Sequence[Any]) -> list[dict[str, list[int]]]:
         if self._tokenizer is None:
             if self.given is None:
@@ -244,8 +246,13 @@ class Tokenised:
             columns = [[text[side] for text in new] for side in (0, 1)] if pairs else [new]
             with quiet():
                 encoded = self._tokenizer(*columns, truncation=True, max_length=self._limit)
-            for index, text in enumerate(new):
-                self._rows[text] = {key: values[index] for key, values in encoded.items()}
+            fresh = {
+                text: {key: values[index] for key, values in encoded.items()}
+                for index, text in enumerate(new)
+            }
+            if len(self._rows) + len(fresh) <= self.remember:
+                self._rows.update(fresh)
+            return [fresh[text] if text in fresh else self._rows[text] for text in inputs]
         return [self._rows[text] for text in inputs]
 
 
@@ -346,6 +353,10 @@ def _model_length(tokenizer: Any, config: Any) -> int:
     return min(
         (int(length) for length in lengths if isinstance(length, int) and 0 < length < 10**6), default=512
     )
+
+
+def _count(*splits: Samples | None) -> int:
+    return sum(len(split) for split in splits if split is not None)
 
 
 def _padding(tokenizer: Any) -> int:

@@ -1,0 +1,329 @@
+"""A merged folder in use: one body in memory, a ready module a task, predictions with names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .errors import UsageError, WeightsError
+from .output.companions import companions
+from .output.folder import RECORD, OutputFolder
+from .output.tensors import write_tensors
+from .tasks.data import DataKind, Fields, check_inputs, read_samples
+from .tasks.huggingface import PART, quiet
+from .tasks.image_classification import image_task
+from .tasks.labels import class_names
+from .tasks.module import module_task
+from .tasks.resolve import Kind, guess_kind
+from .tasks.task import Samples, Task
+from .tasks.text_classification import embedding_text_task, read_head, text_task
+from .weights import Weights, open_weights
+
+Model = nn.Module | Callable[[], nn.Module]
+
+_DATA_KINDS: Mapping[str, DataKind] = {"image": "image", "module": "array"}
+_CONFIG_OF_PARTS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one input.
+
+    Attributes:
+        label: name of the most likely class, or its number as text where classes have no names.
+        index: its number.
+        probability: softmax of its logit.
+        probabilities: of every class, by number.
+    """
+
+    label: str
+    index: int
+    probability: float
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A task with its module."""
+
+    task: Task
+    kind: Kind
+    module: nn.Module
+    names: Sequence[str] | None
+
+
+class MergedModel:
+    """A folder written by a merge: a body, shared by the modules of all tasks.
+
+    Args:
+        folder: the folder.
+        body: its opened weights.
+        record: its ``run.json``.
+        model: makes the module, or is one, for models that are none of transformers.
+        head: for each task what follows the module, where the module ends before the logits.
+        device: where the tensors live.
+
+    Attributes:
+        folder: the folder.
+        tasks: names of the tasks.
+        record: how the folder came about.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        body: Weights,
+        record: Mapping[str, Any],
+        *,
+        model: Model | None = None,
+        head: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.folder, self.record, self.device = folder, record, torch.device(device)
+        self.tasks: tuple[str, ...] = tuple(record.get("experts") or _heads_in(folder))
+        self._body, self._model, self._head = body, model, head or {}
+        self._shared: dict[str, Tensor] = {}
+        self._ready: dict[str, _Ready] = {}
+
+    def module(self, task: str) -> nn.Module:
+        """The model of one task in evaluation mode. All tasks' modules hold the same body tensors.
+
+        Raises:
+            UsageError: no such task, or a model that is none of transformers and was not given.
+            WeightsError: the folder is not whole.
+        """
+        return self._get(task).module
+
+    def label_names(self, task: str) -> Sequence[str] | None:
+        """Names of a task's classes by number, where known. Raises as `module`."""
+        return self._get(task).names
+
+    def kind(self, task: str) -> Kind:
+        """What a task's inputs are. Raises as `module`."""
+        return self._get(task).kind
+
+    def predict(self, task: str, inputs: Sequence[Any], *, batch_size: int = 32) -> list[Prediction]:
+        """Predictions for inputs, in their order.
+
+        Args:
+            task: name of the task.
+            inputs: texts (or pairs of texts), images, or arrays, as the task was adapted to.
+            batch_size: inputs a forward pass.
+
+        Raises:
+            UsageError: no such task, or inputs that are none.
+        """
+        if isinstance(inputs, str):
+            raise UsageError("inputs is one text; give a list of texts: [text]")
+        ready = self._get(task)
+        items = list(inputs)
+        if not items:
+            return []
+        columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [items]
+        for column in columns:
+            check_inputs(column, _DATA_KINDS.get(ready.kind, "text"), f"inputs for task '{task}'")
+        from .evaluation.scores import logits_of
+
+        samples = Samples(items, None, "inputs", "")
+        logits = logits_of(ready.module, ready.task, samples, batch_size=batch_size, device=self.device)
+        return [_prediction(row, ready.names) for row in logits.softmax(-1)]
+
+    def stored(self, task: str) -> dict[str, Tensor]:
+        """A task's tensors by the names and in the dtypes of the files they come from, tied ones once.
+
+        Raises as `module`.
+        """
+        part = self._part(task)
+        prefix = f"{getattr(self.module(task), 'base_model_prefix', '')}."
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.module(task).state_dict().items():
+            if tensor.data_ptr() in seen and tensor.numel():
+                continue
+            seen.add(tensor.data_ptr())
+            specs = [
+                part.specs.get(name),
+                self._body.specs.get(name),
+                self._body.specs.get(name.removeprefix(prefix)),
+            ]
+            spec = next((found for found in specs if found is not None), None)
+            tensors[name] = tensor if spec is None else tensor.to(spec.dtype)
+        return tensors
+
+    def _get(self, task: str) -> _Ready:
+        if task not in self.tasks:
+            raise UsageError(f"{self.folder} has no task '{task}'; it has {', '.join(self.tasks) or 'none'}")
+        if task not in self._ready:
+            self._ready[task] = self._build(task)
+        return self._ready[task]
+
+    def _build(self, name: str) -> _Ready:
+        part = self._part(name)
+        stated: Mapping[str, Any] = (self.record.get("tasks") or {}).get(name, {})
+        kind: Kind = stated.get("kind") or self._kind(name, part)
+        length = stated.get("max_length")
+        names = class_names(part.config)
+        if kind == "text":
+            task = text_task(name, max_length=length)
+        elif kind == "text_embedding":
+            path = self.folder / "heads" / f"{name}.safetensors"
+            task = embedding_text_task(name, max_length=length, head=path)
+            names = read_head(path)[1]
+        elif kind == "image":
+            task = image_task(name)
+        else:
+            task = module_task(name, model=self._factory(stated), head=self._head.get(name))
+        module = task.skeleton(part, self._body)
+        self._share(module, part)
+        return _Ready(task, kind, module.to(self.device), names)
+
+    def _part(self, name: str) -> Weights:
+        """What a task has of its own: its head, and its configuration."""
+        own = self.folder / "heads" / name
+        path = own / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        except ValueError as error:
+            raise WeightsError(f"{path} is not valid JSON: {error}") from None
+        if (own / "head.safetensors").is_file():
+            opened = open_weights(own / "head.safetensors")
+            return replace(opened, label=str(own), config=config, folder=None, metadata=PART)
+        return Weights(str(own), {}, _nothing, config=config, metadata=PART)
+
+    def _kind(self, name: str, part: Weights) -> Kind:
+        if self._model is not None:
+            return "module"
+        if (self.folder / "heads" / f"{name}.safetensors").is_file():
+            return "text_embedding"
+        return "module" if self._body.config is None else guess_kind(name, part, self._body)
+
+    def _factory(self, stated: Mapping[str, Any]) -> Model:
+        if self._model is None:
+            named = f" It was made by {stated['model']}." if stated.get("model") else ""
+            raise UsageError(
+                f"{self.folder} is no model of transformers, so its code must be given: load(folder, "
+                f"model=...), a module or a function that makes one.{named}"
+            )
+        return self._model
+
+    def _share(self, module: nn.Module, part: Weights) -> None:
+        """Replace the body's tensors in a module by those of the modules before it."""
+        prefix = f"{getattr(module, 'base_model_prefix', '')}."
+        replaced: dict[int, Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            names = (name, name.removeprefix(prefix))
+            stored = next((self._body.aliases.get(n, n) for n in names if self._has(n)), None)
+            if name not in part.specs and stored is not None:
+                first = self._shared.setdefault(stored, tensor)
+                if first.shape == tensor.shape:
+                    replaced[id(tensor)] = first
+        for owner in module.modules():
+            for slots in (owner._parameters, owner._buffers):
+                for leaf, own in list(slots.items()):
+                    if own is not None and id(own) in replaced:
+                        slots[leaf] = replaced[id(own)]  # type: ignore[assignment]
+
+    def _has(self, name: str) -> bool:
+        return name in self._body.specs or name in self._body.aliases
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: Model | None = None,
+    head: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    device: torch.device | str = "cpu",
+) -> MergedModel:
+    """Open a folder that a merge wrote.
+
+    Args:
+        folder: the folder.
+        model: makes the module, or is one, for models that are none of transformers. No code named in the
+            folder is ever run.
+        head: for such models, what follows the module, by task.
+        device: where the tensors shall live.
+
+    Raises:
+        WeightsError: not a folder with weights, or it is damaged.
+    """
+    path = Path(folder).expanduser()
+    if not (path / RECORD).is_file():
+        raise WeightsError(
+            f"{path} was not written by a merge: it has no {RECORD}. Open ordinary models with transformers"
+        )
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path / RECORD} is not valid JSON: {error}") from None
+    return MergedModel(path, open_weights(path), record, model=model, head=head, device=device)
+
+
+def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write one task's whole classifier, as plain transformers loads it: body, head, tokenizer.
+
+    Args:
+        folder: a folder that a merge wrote.
+        task: name of the task.
+        out: folder to write.
+        overwrite: replace the folder of an earlier export.
+
+    Raises:
+        UsageError: no such task, or one that is no classifier of transformers.
+        WeightsError: the folder cannot be opened.
+        OutputError: the output cannot be written.
+    """
+    merged = load(folder)
+    kind = merged.kind(task)
+    if kind not in ("text", "image"):
+        raise UsageError(
+            f"task '{task}' is of kind {kind}, for which transformers has no classifier to write; "
+            f"{folder} itself holds the body, and heads/{task} what belongs to the task"
+        )
+    module: Any = merged.module(task)
+    tensors = merged.stored(task)
+    with OutputFolder(out, overwrite=overwrite, inputs=[merged.folder]) as target:
+        target.require(sum(tensor.nbytes for tensor in tensors.values()))
+        digest = write_tensors(target.path / "model.safetensors", tensors, {"format": "pt"})
+        with quiet():
+            module.config.architectures = [type(module).__name__]
+            module.config.save_pretrained(target.path)
+        for path, name in companions(merged.folder):
+            if "/" not in name and name not in ("config.json", *_CONFIG_OF_PARTS):
+                target.copy(path, name)
+        record = {
+            "kind": "export",
+            "task": task,
+            "merge": {key: merged.record.get(key) for key in ("kind", "method", "base")},
+            "outputs": {"model.safetensors": digest},
+            "versions": {"adamerging": __version__, "torch": torch.__version__},
+        }
+        target.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        target.commit()
+    return target.target
+
+
+def read_inputs(path: str, kind: Kind, fields: Fields | None = None) -> Sequence[Any]:
+    """The inputs in a file, for `MergedModel.predict`. Raises as `read_samples`."""
+    return read_samples(path, _DATA_KINDS.get(kind, "text"), fields).inputs
+
+
+def _prediction(row: Tensor, names: Sequence[str] | None) -> Prediction:
+    index = int(row.argmax())
+    label = names[index] if names is not None else str(index)
+    return Prediction(label, index, float(row[index]), tuple(row.tolist()))
+
+
+def _heads_in(folder: Path) -> list[str]:
+    heads = folder / "heads"
+    return sorted(path.name for path in heads.iterdir() if path.is_dir()) if heads.is_dir() else []
+
+
+def _nothing(name: str) -> Tensor:
+    raise KeyError(name)
