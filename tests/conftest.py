@@ -83,6 +83,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["adamerging", *map(str, arguments)])
+        monkeypatch.delenv("COLUMNS", raising=False)  # set by xdist
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()

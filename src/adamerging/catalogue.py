@@ -116,7 +116,7 @@ def _helps(section: str) -> dict[str, str]:
 
 
 def _joined(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.replace("``", "`").split())
 
 
 _PLAIN = {

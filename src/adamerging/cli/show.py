@@ -56,7 +56,14 @@ def print_json(document: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table without lines. A column whose name begins with ``>`` is aligned right."""
-    result = Table(title=title or None, box=None, pad_edge=False, title_justify="left", title_style="bold")
+    result = Table(
+        title=title or None,
+        show_header=any(columns),
+        box=None,
+        pad_edge=False,
+        title_justify="left",
+        title_style="bold",
+    )
     for column in columns:
         right = column.startswith(">")
         result.add_column(
