@@ -31,6 +31,11 @@ def test_every_field_is_described() -> None:
     assert all(field.description for field in Recipe.model_fields.values())
 
 
+def test_the_docs_describe_every_key() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert [key for key in Recipe.model_fields if f"| `{key}` |" not in page] == []
+
+
 @pytest.mark.parametrize(
     ("method", "options", "chain"),
     [
