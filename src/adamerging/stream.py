@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 _LEAST = 256
-"""A sample takes so many values of every chunk: less would cost as much."""
+"""A sample takes so many values of a chunk: fewer would cost as much."""
 
 
 class Workers:
@@ -125,8 +126,11 @@ class StackStream:
         return self.workers.map(lambda job: function(_last(self.stages, job)), self._jobs())
 
     def sample(self, function: Callable[[Chunk], T], values: int) -> Iterator[T]:
-        """Apply ``function`` to the begin of every chunk, together at least ``values`` values of each row."""
-        share = values / max(1, self.numel())
+        """Apply ``function`` to the begin of chunks all over, about ``values`` values of each row or more."""
+        total = max(1, self.numel())
+        chunks = total * len(self.vectors.tasks) // self.vectors.chunk_values
+        every = max(1, chunks * _LEAST // values)
+        share = every * values / total
 
         def begin(job: _Job) -> _Job:
             length = job.stop - job.start
@@ -135,7 +139,8 @@ class StackStream:
             return replace(job, stop=min(job.stop, job.start + -(-wanted // whole) * whole))
 
         return self.workers.map(
-            lambda job: function(_last(self.stages, job)), (begin(job) for job in self._jobs())
+            lambda job: function(_last(self.stages, job)),
+            (begin(job) for job in islice(self._jobs(), 0, None, every)),
         )
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from .stage import Chunk, Stream
 
 _SAMPLE = 1 << 16  # values of each row that the first bracket is guessed from, of one tensor
-_HELD = 1 << 21  # values in brackets, all together, that are held before they go into histograms
+_HELD = 1 << 20  # values in brackets, all together, that are held before they go into histograms
 _BINS = 1 << 22  # bins of all histograms together
 
 
@@ -107,9 +107,11 @@ def _search(stream: Stream, searches: Sequence[_Search]) -> None:
 
     if searches:
         guesses = list(stream.sample(magnitudes, min(4 * _SAMPLE, max(_SAMPLE, stream.numel() // 64))))
-        samples = {row: np.sort(np.concatenate([guess[row] for guess in guesses])) for row in rows}
-        for search in searches:
-            search.begin(samples[search.row], stream.numel(), end=1 << (8 * bits.itemsize - 1))
+        for row in rows:
+            sample = np.sort(np.concatenate([guess[row] for guess in guesses]))
+            for search in (search for search in searches if search.row == row):
+                search.begin(sample, stream.numel(), end=1 << (8 * bits.itemsize - 1))
+        del guesses
     while active := [search for search in searches if not search.found]:
         for search in active:
             search.prepare(_HELD // len(active), _BINS // len(active))
@@ -165,8 +167,9 @@ class _Search:
 
     def prepare(self, room: int, bins: int) -> None:
         """Get ready for one pass: hold up to ``room`` values, then count them in up to ``bins`` bins."""
-        self._above, self._size, self._room = 0, 0, room
-        self._held: list[np.ndarray] = []
+        # One array for what is held: many small ones would pin the memory that chunks are freed from.
+        self._held: np.ndarray = np.empty(room, np.uint64)
+        self._above = self._size = 0
         self._histogram: np.ndarray | None = None
         self._shift = max(0, (self.high - self.low - 1).bit_length() - bins.bit_length() + 1)
 
@@ -178,27 +181,26 @@ class _Search:
     def add(self, above: int, inside: np.ndarray) -> None:
         """Take in what `look` saw in one piece."""
         self._above += above
-        self._held.append(inside)
-        self._size += len(inside)
-        if self._size > self._room:
-            self._fold()
+        room = len(self._held)
+        for part in (inside[start : start + room] for start in range(0, len(inside), room)):
+            if self._size + len(part) > room:
+                self._fold()
+            self._held[self._size : self._size + len(part)] = part
+            self._size += len(part)
 
     def _fold(self) -> None:
         """Count what is held in the histogram, and let it go."""
-        if not self._held:
-            return
         bins = ((self.high - self.low - 1) >> self._shift) + 1
-        digits = (np.concatenate(self._held) >> self._shift).astype(np.intp)
-        counts = np.bincount(digits, minlength=bins)
+        digits = self._held[: self._size] >> np.uint64(self._shift)
+        counts = np.bincount(digits.astype(np.intp), minlength=bins)
         if self._histogram is not None:
             counts += self._histogram
-        self._histogram = counts
-        self._held, self._size = [], 0
+        self._histogram, self._size = counts, 0
 
     def close_in(self) -> None:
         """After the pass: the answer, or the next bracket: a part of this one, or what lies beside it."""
         if self._histogram is None:
-            starts, counts = np.unique(np.concatenate(self._held), return_counts=True)
+            starts, counts = np.unique(self._held[: self._size], return_counts=True)
             width = 1
         else:
             self._fold()

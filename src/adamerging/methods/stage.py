@@ -114,7 +114,7 @@ class Stream(Protocol):
         ...
 
     def sample(self, function: Callable[[Chunk], T], values: int) -> Iterable[T]:
-        """Apply ``function`` to the begin of every chunk, together at least ``values`` values of each row."""
+        """Apply ``function`` to the begin of chunks all over, about ``values`` values of each row or more."""
         ...
 
     def numel(self) -> int:
