@@ -193,10 +193,10 @@ def test_every_key_of_a_recipe_has_a_flag() -> None:
     import inspect
 
     parameters = set(inspect.signature(merge).parameters)
-    spelled = {"options": "option", "weights": "weight", "experts": "expert"}
+    spelled = {"options": "option", "weights": "weight", "experts": "expert", "tasks": "task"}
     keys = {spelled.get(key, key) for key in Recipe.model_fields}
     assert keys <= parameters
-    assert parameters - keys == {"sources", "no_heads", "dry_run", "as_json"}
+    assert parameters - keys == {"sources", "no_heads", "dry_run", "as_json", "data", "test"}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_version(cli: Cli) -> None:
     assert cli("--version").out == f"adamerging {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [(), ("merge",), ("inspect",), ("methods",)])
+@pytest.mark.parametrize("command", [(), ("merge",), ("inspect",), ("methods",), ("cache",)])
 def test_help_is_light(command: tuple[str, ...]) -> None:
     code = (
         "import sys\nfrom adamerging.cli import main\n"
@@ -329,7 +329,7 @@ def test_help_lists_the_exit_codes(cli: Cli, command: str) -> None:
 def test_the_docs_list_the_exit_codes_and_every_flag(cli: Cli) -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     assert all(f"| {code} |" in page for code in exit_codes())
-    for command in ("merge", "inspect", "methods"):
+    for command in ("merge", "inspect", "methods", "cache"):
         text = cli(command, "--help").out
         for word in text.replace(",", " ").replace("/", " ").split():
             if word.startswith("--") and word not in ("--help",):

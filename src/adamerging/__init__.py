@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adaptation.adapt import AdaptResult, adapt
     from .errors import (
         AdamergingError,
         MissingExtraError,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaptResult": "adaptation.adapt",
+    "adapt": "adaptation.adapt",
     "AdamergingError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
@@ -54,6 +57,7 @@ _HOME = {
 
 __all__ = [
     "AdamergingError",
+    "AdaptResult",
     "MergeResult",
     "MergedModel",
     "MissingExtraError",
@@ -67,6 +71,7 @@ __all__ = [
     "UnsafeFileError",
     "UsageError",
     "WeightsError",
+    "adapt",
     "embedding_text_task",
     "export",
     "image_task",

@@ -6,15 +6,26 @@ Every field has a flag of the same name at the command line and a keyword of the
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from . import mergekit
+from .adaptation.settings import PRESETS, AdaptSettings
 from .errors import UsageError
+from .tasks.spec import TaskSpec, beside
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 M = TypeVar("M", bound=BaseModel)
@@ -107,6 +118,15 @@ class Recipe(Settings):
     experts: dict[str, Expert] = Field(description="Experts by task name: a path, or {path, weight}.")
     out: str | None = Field(None, description="Folder to write; it must not exist.")
     overwrite: bool = Field(False, description="Replace the output folder of an earlier run.")
+    tasks: dict[str, TaskSpec] = Field(
+        {}, description="Data by expert: unlabeled inputs to adapt to, labelled ones to score on."
+    )
+    adapt: AdaptSettings | None = Field(
+        None, description="Learn the coefficients on the tasks' data: a preset's name, or settings."
+    )
+    transductive: bool = Field(
+        False, description="The data to adapt to and to score on may overlap; the record says so."
+    )
     _notes: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -120,6 +140,30 @@ class Recipe(Settings):
         if isinstance(value, dict):
             return {name: {"path": item} if isinstance(item, str) else item for name, item in value.items()}
         return value
+
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _preset_alone(cls, value: Any) -> Any:
+        value = {"preset": value} if isinstance(value, str) else value
+        preset = value.get("preset") if isinstance(value, dict) else None
+        if isinstance(preset, str) and preset not in PRESETS:
+            raise ValueError(f"there is no preset '{preset}'; presets: {', '.join(PRESETS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_merge(self) -> Recipe:
+        given = [
+            key
+            for key in ("method", "options", "scale")
+            if key in self.model_fields_set and getattr(self, key) not in ({}, None)
+        ]
+        if self.adapt is not None and given:
+            raise ValueError(
+                f"{', '.join(given)} and adapt exclude each other: with learned coefficients, a method is "
+                "either where they start (adapt.start: tsv_m) or what is done to the task vectors first "
+                "(adapt.vectors: ties); either may be a list of {name: options}"
+            )
+        return self
 
     def weights_by_expert(self) -> Any:
         """One schedule from `weights` and the experts' own.
@@ -167,6 +211,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
                 experts[name] = _beside(path, expert)
             elif isinstance(expert, dict) and isinstance(expert.get("path"), str):
                 expert["path"] = _beside(path, expert["path"])
+    _data_beside(path, fields)
     return make(Recipe, override(fields, overrides or {}), str(path))
 
 
@@ -178,10 +223,16 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
 def override(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a recipe with some of them changed.
 
-    A change replaces the field, with three exceptions. Options add to those of the same method; another
+    A change replaces the field, with these exceptions. Options add to those of the same method; another
     method drops the options of the old one. Weights by expert change those experts' and leave the others'.
+    Settings of `adapt` and of each task change one by one.
     """
     result = {**fields, **changes}
+    if "adapt" in changes:
+        result["adapt"] = {**_settings_of(fields.get("adapt")), **_settings_of(changes["adapt"])}
+    if isinstance(changes.get("tasks"), Mapping) and isinstance(fields.get("tasks"), Mapping):
+        old, new = fields["tasks"], changes["tasks"]
+        result["tasks"] = {name: {**(old.get(name) or {}), **new.get(name, {})} for name in {**old, **new}}
     if "method" in changes:
         result["options"] = changes.get("options", {})
     elif isinstance(changes.get("options"), Mapping) and isinstance(fields.get("options"), Mapping):
@@ -207,7 +258,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: as `load_recipe`.
     """
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except OSError as error:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -234,18 +285,18 @@ def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
 def _explain(model: type[BaseModel], problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = (
-            Expert.model_fields
-            if problem["loc"][0] == "experts" and len(problem["loc"]) > 2
-            else model.model_fields
-        )
+        depth = len(problem["loc"])
+        nested: dict[str, type[BaseModel]] = {"experts": Expert, "tasks": TaskSpec, "adapt": AdaptSettings}
+        part = nested.get(problem["loc"][0], model) if depth > 1 else model
+        known = part.model_fields
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
         return f"unknown key '{key}'" + (
             f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
         )
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    return f"{key} (={problem['input']!r}): {problem['msg'].removeprefix('Value error, ')}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} (={problem['input']!r}): {message}" if key else message
 
 
 def _beside(recipe: Path, value: str) -> str:
@@ -255,10 +306,30 @@ def _beside(recipe: Path, value: str) -> str:
     return str(candidate) if candidate.exists() or (looks_local and not Path(value).is_absolute()) else value
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, not the last one winning silently."""
+def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
+    """Take the data of the tasks, and coefficients to start from, from the recipe's folder where they are."""
+    tasks, adapt = fields.get("tasks"), fields.get("adapt")
+    for spec in tasks.values() if isinstance(tasks, dict) else ():
+        for key in ("adapt", "evaluate", "tokenizer", "processor", "head"):
+            if isinstance(spec, dict) and isinstance(spec.get(key), str):
+                spec[key] = beside(recipe.parent, spec[key])
+    if isinstance(adapt, dict) and isinstance(adapt.get("coefficients"), str):
+        adapt["coefficients"] = beside(recipe.parent, adapt["coefficients"])
+
+
+def _settings_of(adapt: Any) -> Mapping[str, Any]:
+    """The settings that an `adapt` section stands for: a preset's name may stand alone."""
+    return {"preset": adapt} if isinstance(adapt, str) else adapt if isinstance(adapt, Mapping) else {}
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, not the last one winning silently.
+
+    And in which ``1e-3`` is a number, as in YAML 1.2; the library's own rules make a text of it.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -272,3 +343,10 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)

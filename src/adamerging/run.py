@@ -130,7 +130,13 @@ def merge(
 
 
 def run_recipe(recipe: Recipe, *, progress: Progress | None = None) -> MergeResult:
-    """Merge as a recipe says. Raises as `merge`."""
+    """Merge as a recipe says that has no `adapt` section. Raises as `merge`."""
+    if recipe.adapt is not None:
+        raise UsageError("this recipe learns its coefficients: run it with adamerging merge, or am.adapt")
+    if recipe.tasks:
+        from .adaptation.static import merge_recipe_with_tasks
+
+        return merge_recipe_with_tasks(recipe, progress=progress)
     return execute(prepare_recipe(recipe), out=recipe.out, overwrite=recipe.overwrite, progress=progress)
 
 
@@ -401,6 +407,17 @@ def _check_ties(vectors: TaskVectors) -> None:
         )
 
 
+def statistics_warning(plan: Plan) -> list[str]:
+    """One sentence where the merged model has BatchNorm statistics that are not its own."""
+    if not plan.with_treatment("averaged"):
+        return []
+    return [
+        "the model has BatchNorm, and its statistics are the mean of the experts', not those of the merged "
+        "model: accuracy can fall to half. Give unlabeled data for every expert (--data NAME=FILE, or tasks: "
+        "in the recipe) to have them re-estimated"
+    ]
+
+
 def _dtype(settings: Settings) -> torch.dtype | None:
     return None if settings.dtype is None else getattr(torch, settings.dtype)
 
@@ -450,6 +467,7 @@ def run_record(
         "config": vectors.base.config is not None,
         "plan": {**prepared.plan.summary(), "notes": list(prepared.plan.notes)},
         "unchanged": list(vectors.unchanged()),
+        "warnings": statistics_warning(prepared.plan),
         "relatedness": {
             task: found.cosine for task, found in prepared.relatedness.items() if found.cosine == found.cosine
         },

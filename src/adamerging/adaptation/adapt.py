@@ -1,4 +1,4 @@
-"""Adaptation from start to end: open, plan, build the stack, learn, write. Orchestration only."""
+"""Adaptation from start to end: open, plan, build the stack, learn, score, write. Orchestration only."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..recipe import Settings, make
-from ..run import Prepared, check_out, prepare, run_record
+from ..recipe import Recipe, Settings, make
+from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
 from ..tasks.data import refuse_overlap
+from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
-from ..weights import sha256_file
-from .batches import Batches, split
+from .batchnorm import batchnorm_layers
 from .body import Body
-from .cache import cached, content_of, key
-from .coefficients import Layout, layout, load_coefficients, table
-from .loop import Learner, Loop, predict
-from .monitor import warnings_of
-from .objectives import OBJECTIVES, Objective
+from .coefficients import Layout, table
+from .loop import InterruptedRun, Learner, estimate_statistics
+from .monitor import unused, warnings_of
+from .scoring import average_into, score
+from .session import Say, Session, begin, first_values, learn, open_session
 from .settings import AdaptSettings, resolve
-from .stack import Stack, build_stack
-from .state import State, load_state, save_state
-from .store import VectorStore
+from .state import State
 from .write import work_folder, write_folder, write_record
 
-Say = Callable[[str], None]
+__all__ = ["AdaptResult", "adapt", "adapt_recipe", "open_session", "run_adaptation"]
+
+Callback = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -64,232 +63,11 @@ class AdaptResult:
         """One record a group with the coefficient of every row of the stack."""
         return table(self.values, self.layout)
 
-
-@dataclass
-class Session:
-    """Everything a run of adaptation holds while it runs.
-
-    Attributes:
-        prepared: base, experts and plan.
-        settings: how to learn.
-        objective: what to minimise.
-        tasks: in the experts' order.
-        workers, store, body, learners, where, stack: the working parts.
-        hashes: sha256 of the weight files.
-        fingerprint: of weights, data and settings; a saved state fits only the same.
-    """
-
-    prepared: Prepared
-    settings: AdaptSettings
-    objective: Objective
-    workers: Workers
-    store: VectorStore
-    body: Body
-    learners: list[Learner]
-    where: Layout
-    stack: Stack
-    hashes: Mapping[Path, str]
-    fingerprint: str
-
-
-def open_session(
-    base: Any,
-    experts: Mapping[str, Any],
-    tasks: Iterable[Task],
-    adapt: Mapping[str, Any],
-    merge: Settings,
-    workers: Workers,
-    say: Say,
-) -> Session:
-    """Open and check everything, build the stack, attach the tasks' modules, ask the experts.
-
-    Raises:
-        UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
-    """
-    settings = resolve(adapt)
-    objective = make_objective(settings)
-    if not hasattr(torch.optim, settings.optimizer):
-        raise UsageError(
-            f"unknown optimizer '{settings.optimizer}'; it must be a class of torch.optim, as Adam or SGD"
-        )
-    prepared = prepare(base, experts, merge)
-    vectors = prepared.vectors
-    ordered = match_tasks(vectors.tasks, tasks, objective)
-    inputs = [vectors.base, *vectors.experts.values()]
-    hashes = {path: digest for path, digest in _hash_all([p for w in inputs for p in w.files], workers)}
-    content = [content_of(weights, hashes) for weights in inputs]
-    device = torch.device(settings.device)
-    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
-    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
-    store.scan()
-    if not store.entries():
-        raise UsageError("every expert is identical to the base: there is nothing to merge")
-    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
-    body = Body(vectors, device)
-    learners = [_learner(task, body, prepared, settings) for task in ordered]
-    data = [[task.name, task.adapt.fingerprint if task.adapt else None] for task in ordered]
-    dumped = settings.model_dump(exclude={"save_every", "budget"})
-    fingerprint = key("state", content, data, dumped, merge.model_dump(), list(stack.labels))
-    session = Session(
-        prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
-    )
-    ask_experts(session, content, say)
-    return session
-
-
-def make_objective(settings: AdaptSettings) -> Objective:
-    """The objective by name and options.
-
-    Raises:
-        UsageError: unknown name or options.
-    """
-    if settings.objective not in OBJECTIVES:
-        raise UsageError(f"unknown objective '{settings.objective}'; there are: {', '.join(OBJECTIVES)}")
-    try:
-        return OBJECTIVES[settings.objective](**settings.objective_options)
-    except TypeError as error:
-        raise UsageError(f"objective '{settings.objective}': {error}") from None
-
-
-def match_tasks(names: Sequence[str], tasks: Iterable[Task], objective: Objective) -> list[Task]:
-    """The tasks in the experts' order, each with what the objective needs.
-
-    Raises:
-        UsageError: an expert without a task or the other way round, a task without data or labels.
-    """
-    given = {task.name: task for task in tasks}
-    problems = [f"expert '{name}' has no task with data" for name in names if name not in given]
-    problems += [f"task '{name}' has no expert" for name in given if name not in names]
-    for name, task in given.items():
-        if task.adapt is None:
-            problems.append(f"task '{name}' has no adaptation data: give unlabeled inputs under 'adapt'")
-        elif len(task.adapt) < 2:
-            problems.append(
-                f"task '{name}': {len(task.adapt)} adaptation sample in {task.adapt.source}; 2 are the least"
-            )
-        elif objective.target == "labels" and task.adapt.labels is None:
-            problems.append(
-                f"task '{name}': the objective '{objective.name}' needs labels, {task.adapt.source} has none"
-            )
-    if problems:
-        raise UsageError("\n".join(problems))
-    return [given[name] for name in names]
-
-
-def _learner(task: Task, body: Body, prepared: Prepared, settings: AdaptSettings) -> Learner:
-    assert task.adapt is not None
-    vectors = prepared.vectors
-    module = body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
-    train, held = split(len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name)
-    costs = list(task.costs(task.adapt)) if task.costs is not None else None
-    batches = Batches(
-        train, settings.batch_size, settings.seed, task.name, costs if settings.group_by_length else None
-    )
-    return Learner(task, module, train, held, batches, costs)
-
-
-def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
-    """Each expert's logits on its adaptation data: all of it for `agreement`, else what checks look at.
-
-    Computed once and cached by content; experts take the working body in turn, so none stays loaded.
-    """
-    settings = session.settings
-    for number, learner in enumerate(session.learners):
-        assert learner.task.adapt is not None
-        held = learner.held or learner.train[: settings.held_out_limit]
-        samples = sorted({*learner.train, *held}) if session.objective.target == "expert" else list(held)
-        name = key(
-            "logits",
-            content[number + 1],
-            content[0],
-            learner.task.adapt.fingerprint,
-            samples,
-            settings.precision,
-        )
-        stored = cached_logits(name)
-        if stored is None:
-            say(f"predictions of expert '{learner.task.name}' on {len(samples)} samples")
-            session.body.load_expert(session.prepared.vectors, learner.task.name)
-            loop = Loop(
-                settings,
-                session.objective,
-                session.body,
-                session.store,
-                session.where,
-                [],
-                State(0, torch.empty(0)),
-            )
-            stored = predict(learner, samples, session.body.device, loop.autocast())
-            store_logits(name, stored)
-        learner.expert_logits = dict(zip(samples, stored, strict=True))
-
-
-def cached_logits(name: str) -> Tensor | None:
-    """Logits stored under a key, or None."""
-    from safetensors.torch import load_file
-
-    from .cache import cache_folder
-
-    path = cache_folder() / f"{name}.safetensors"
-    try:
-        return load_file(path)["logits"] if path.exists() else None
-    except Exception:  # a damaged cache file is computed anew
-        return None
-
-
-def store_logits(name: str, logits: Tensor) -> None:
-    """Store logits under a key."""
-    from ..weights import Spec
-
-    cached(name, {"logits": Spec(tuple(logits.shape), logits.dtype)}, lambda writer: writer.write(logits))
-
-
-def _hash_all(paths: Sequence[Path], workers: Workers) -> Iterable[tuple[Path, str]]:
-    unique = list(dict.fromkeys(paths))
-    return zip(unique, workers.map(sha256_file, unique), strict=True)
-
-
-def learn(
-    session: Session,
-    *,
-    state_file: Path | None = None,
-    callback: Callable[[Mapping[str, Any]], None] = lambda _: None,
-) -> State:
-    """Run the optimisation, going on from a saved state where there is one.
-
-    Raises:
-        UsageError: a saved state of another run.
-        NonFiniteLossError, InterruptedRun: see `Loop.run`.
-    """
-    settings, where = session.settings, session.where
-    state = load_state(state_file, session.fingerprint) if state_file is not None else None
-    if state is None:
-        dtype = (
-            torch.float64
-            if any(t.dtype == torch.float64 for t in session.body.tensors.values())
-            else torch.float32
-        )
-        values = where.full(session.stack.initial, dtype)
-        if settings.coefficients is not None:
-            values = load_coefficients(settings.coefficients, where).to(dtype)
-        state = State(0, values)
-
-    def save(current: State) -> None:
-        if state_file is not None:
-            save_state(state_file, current, session.fingerprint)
-
-    loop = Loop(
-        settings,
-        session.objective,
-        session.body,
-        session.store,
-        where,
-        session.learners,
-        state,
-        save,
-        callback,
-    )
-    return loop.run()
+    @property
+    def scores(self) -> Mapping[str, Any] | None:
+        """Accuracies of base, experts, simple average, start and merged model; None without labelled data."""
+        scores: Mapping[str, Any] | None = self.record.get("scores")
+        return scores
 
 
 def adapt(
@@ -300,7 +78,7 @@ def adapt(
     out: str | Path | None = None,
     overwrite: bool = False,
     transductive: bool = False,
-    callback: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    callback: Callback = lambda _: None,
     say: Say = lambda _: None,
     merge: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -322,26 +100,70 @@ def adapt(
     Raises:
         AdamergingError: see `errors`; nothing is written then but the state of an interrupted run.
     """
-    started = time.perf_counter()
-    merging = make(Settings, merge or {}, "merge")
-    if merging.tokenizer != "base":
-        raise UsageError("coefficients are learned with the base's tokenizer; tokenizer: base")
+    resolved = resolve(settings)
     tasks = list(tasks)
     refuse_overlap(tasks, transductive=transductive)
-    with Workers(merging.threads) as workers:
-        session = open_session(base, experts, tasks, settings, merging, workers, say)
-        folder = check_out(session.prepared, out, overwrite=overwrite) if out is not None else None
-        work = work_folder(out) if out is not None else None
+    prepared = prepare(base, experts, make(Settings, merge or {}, "merge"))
+    return run_adaptation(
+        prepared, tasks, resolved, out=out, overwrite=overwrite, transductive=transductive,
+        callback=callback, say=say,
+    )  # fmt: skip
+
+
+def adapt_recipe(
+    recipe: Recipe, *, callback: Callback = lambda _: None, say: Say = lambda _: None
+) -> AdaptResult:
+    """Learn as a recipe with an `adapt` section says. Raises as `adapt`."""
+    assert recipe.adapt is not None
+    settings = resolve(recipe.adapt.model_dump(exclude_unset=True))
+    prepared = prepare_recipe(recipe)
+    return run_adaptation(
+        prepared, tasks_of(recipe, prepared), settings, out=recipe.out, overwrite=recipe.overwrite,
+        transductive=recipe.transductive, callback=callback, say=say,
+    )  # fmt: skip
+
+
+def tasks_of(recipe: Recipe, prepared: Prepared) -> list[Task]:
+    """The tasks of a recipe. Raises as `make_tasks`."""
+    vectors = prepared.vectors
+    return make_tasks(recipe.tasks, vectors.experts, vectors.base, transductive=recipe.transductive)
+
+
+def run_adaptation(
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    settings: AdaptSettings,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    transductive: bool = False,
+    callback: Callback = lambda _: None,
+    say: Say = lambda _: None,
+) -> AdaptResult:
+    """Learn, score and write what was prepared. Arguments and errors as of `adapt`."""
+    started = time.perf_counter()
+    if prepared.settings.tokenizer != "base":
+        raise UsageError("coefficients are learned with the base's tokenizer; tokenizer: base")
+    folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
+    work = work_folder(out) if out is not None else None
+    with Workers(prepared.settings.threads) as workers:
+        session = begin(prepared, tasks, settings, workers, say)
         state = learn(session, state_file=work / "state.safetensors" if work else None, callback=callback)
-        applied = state.values.clamp(0, 1) if session.settings.clamp == "forward" else state.values
-        record = adapt_record(session, state, started, transductive)
+        applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
+        try:
+            scores = score_session(session, state, applied, say)
+        except KeyboardInterrupt:
+            kept = "; the learned coefficients are kept, the same command goes on" if work else ""
+            raise InterruptedRun(f"stopped while scoring{kept}") from None
+        record = adapt_record(session, state, applied, started, transductive)
+        if scores is not None:
+            record["scores"] = scores
         if folder is not None:
             with folder:
-                folder.require(session.prepared.nbytes)
-                outputs = write_folder(
-                    folder, session.prepared, session.body.tensors, applied, session.where, state.history
+                folder.require(prepared.nbytes)
+                record["outputs"] = write_folder(
+                    folder, prepared, session.body.tensors, applied, session.where, state.history
                 )
-                record["outputs"] = outputs
                 write_record(folder, record)
                 folder.commit()
             if work is not None:
@@ -352,7 +174,44 @@ def adapt(
     )  # fmt: skip
 
 
-def adapt_record(session: Session, state: State, started: float, transductive: bool) -> dict[str, Any]:
+def score_session(session: Session, state: State, applied: Tensor, say: Say) -> dict[str, Any] | None:
+    """Score base, experts, average, start and merged model; the body ends as the merged one."""
+    body, vectors, learners = session.body, session.prepared.vectors, session.learners
+    if all(learner.task.evaluate is None for learner in learners):
+        return None
+    estimated = session.settings.batchnorm == "recalibrate" and batchnorm_layers(learners[0].module)
+
+    def refresh() -> None:
+        if estimated:
+            estimate_statistics(learners, body.device, 16)
+
+    def average() -> None:
+        average_into(body, vectors, session.workers)
+        refresh()
+
+    def start() -> None:
+        body.reset(vectors)
+        first = first_values(session)
+        first = first.clamp(0, 1) if session.settings.clamp == "forward" else first
+        session.store.materialise(body.tensors, first, session.where)
+        refresh()
+
+    def merged() -> None:
+        body.reset(vectors)
+        session.store.materialise(body.tensors, applied, session.where)
+        body.load_statistics(state.statistics)
+
+    models = {
+        "base": lambda: body.load_base(vectors), "average": average, "start": start, "merged": merged,
+    }  # fmt: skip
+    tasks = [(learner.task, learner.module) for learner in learners]
+    scores = score(tasks, body, vectors, models, say)
+    return scores.as_dict() if scores is not None else None
+
+
+def adapt_record(
+    session: Session, state: State, applied: Tensor, started: float, transductive: bool
+) -> dict[str, Any]:
     """What ``run.json`` holds: a merge's record, and how the coefficients were learned."""
     settings = session.settings
     checks = [record for record in state.history if "check" in record]
@@ -368,19 +227,29 @@ def adapt_record(session: Session, state: State, started: float, transductive: b
         if learner.task.adapt is not None
     }
     record = run_record(session.prepared, started, session.hashes)
+    record["recipe"].pop("method", None)
+    record["recipe"]["adapt"] = settings.model_dump(exclude_defaults=True) | {"preset": settings.preset}
     name = "AdaMerging" if settings.objective == "entropy" else f"learned coefficients ({settings.objective})"
     return record | {
         "kind": "adapt",
         "method": name,
+        "options": [],
+        "scale": None,
         "adapt": settings.model_dump(),
         "labelled": session.objective.target == "labels",
         "transductive": transductive,
+        "tasks": {learner.task.name: dict(learner.task.settings) for learner in session.learners},
         "stack": list(session.stack.labels),
+        "cached_bytes": session.stack.nbytes,
         "coefficients": state.values.numel(),
         "step": chosen,
         "start": checks[0] if checks else None,
         "end": next((check for check in checks if check["step"] == chosen), None),
         "data": data,
         "seed": settings.seed,
-        "warnings": warnings_of(state.history),
+        "warnings": [
+            *(statistics_warning(session.prepared.plan) if settings.batchnorm == "keep" else []),
+            *unused(applied, session.where),
+            *warnings_of(state.history, chosen),
+        ],
     }

@@ -90,6 +90,28 @@ class Body:
         for tensor in self.tensors.values():
             tensor.grad = None
 
+    def reset(self, vectors: TaskVectors) -> None:
+        """Make the body the base again, its averaged statistics the mean of the experts'."""
+        with torch.no_grad():
+            for name, entry in self.plan.entries.items():
+                if entry.treatment == "averaged":
+                    chunk = vectors.read(vectors.open(entry), 0, entry.spec.numel)
+                    self.tensors[name].view(-1).copy_(chunk.base + chunk.vectors.mean(0))
+                else:
+                    self.tensors[name].copy_(vectors.base.read(name))
+
+    def load_base(self, vectors: TaskVectors) -> None:
+        """Make the body the base exactly, statistics included."""
+        with torch.no_grad():
+            for name in self.plan.entries:
+                self.tensors[name].copy_(vectors.base.read(name))
+
+    def load_statistics(self, statistics: Mapping[str, Tensor]) -> None:
+        """Put in these tensors, by name."""
+        with torch.no_grad():
+            for name, value in statistics.items():
+                self.tensors[name].copy_(value)
+
     def load_expert(self, vectors: TaskVectors, task: str) -> None:
         """Make the body this expert's, exactly, statistics included."""
         row = vectors.tasks.index(task)

@@ -29,19 +29,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ADAMERGING_CACHE") or Path.home() / ".cache" / "adamerging")
 
 
-def cache_size() -> int:
-    """Bytes in the cache."""
-    return sum(path.stat().st_size for path in cache_folder().glob("*.safetensors"))
+def cache_files() -> list[tuple[Path, int]]:
+    """Files in the cache with their sizes."""
+    return [(path, path.stat().st_size) for path in sorted(cache_folder().glob("*.safetensors"))]
 
 
 def clear_cache() -> int:
     """Remove every cached file; returns the bytes freed."""
-    freed = cache_size()
-    for path in cache_folder().glob("*.safetensors"):
+    files = cache_files()
+    for path, _ in files:
         path.unlink(missing_ok=True)
     for path in cache_folder().glob(".*.partial"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    return freed
+    return sum(size for _, size in files)
 
 
 def key(*parts: Any) -> str:

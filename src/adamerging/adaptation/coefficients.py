@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..blocks import Place
 from ..errors import UsageError, WeightsError
 from ..methods.stage import row_size
+from ..output.tensors import write_tensors
 from ..plan import Entry
-
-Granularity = Literal["task", "block", "tensor", "row"]
+from .settings import Granularity
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def layout(
 def save_coefficients(path: Path, values: Tensor, where: Layout) -> None:
     """Write λ, one tensor ``(rows, columns of the group)`` a group, with rows and granularity as metadata."""
     tensors = {name: values[:, start : start + count].contiguous() for name, start, count in where.groups}
-    save_file(tensors, path, {"granularity": where.granularity, "rows": "\n".join(where.rows)})
+    write_tensors(path, tensors, {"granularity": where.granularity, "rows": "\n".join(where.rows)})
 
 
 def load_coefficients(path: str | Path, where: Layout) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdamergingError
+from ..errors import AdamergingError, UsageError
 from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batchnorm_layers, recalibrate
@@ -105,9 +105,7 @@ class Loop:
         """
         settings, state = self.settings, self.state
         values = state.values.detach().clone().requires_grad_(True)
-        optimizer: torch.optim.Optimizer = getattr(torch.optim, settings.optimizer)(
-            [values], lr=settings.lr, **settings.optimizer_options
-        )
+        optimizer = make_optimizer(settings, values)
         restore_optimizer(optimizer, state.optimizer)
         self.body.train_only({entry.name for entry in self.store.entries()})
         try:
@@ -121,6 +119,7 @@ class Loop:
                 after = values.detach().clone(), optimizer_tensors(optimizer), state.step + 1
                 state.values, state.optimizer, state.step = after
             self._merge(values, state)
+            self._save(state)
             self._check(state)
         except KeyboardInterrupt:
             self._save(state)
@@ -145,51 +144,28 @@ class Loop:
         """The coefficients as they are applied."""
         return values.clamp(0, 1) if self.settings.clamp == "forward" else values
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes."""
-        if self.settings.precision == "bfloat16":
-            return torch.autocast(self.body.device.type, torch.bfloat16)
-        return nullcontext()
-
     def _merge(self, values: Tensor, state: State) -> None:
         """Write the merged weights, and keep BatchNorm statistics up with them."""
         self.store.materialise(self.body.tensors, self.effective(values), self.where)
         if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
             return
         if state.statistics and state.step % self.settings.batchnorm_every:
-            self._load_statistics(state.statistics)
+            self.body.load_statistics(state.statistics)
             return
-        self.recalibrate(rounds=4 if state.step < self.settings.steps else 16)
+        estimate_statistics(self.learners, self.body.device, 4 if state.step < self.settings.steps else 16)
         state.statistics = self.statistics()
-
-    def recalibrate(self, rounds: int) -> None:
-        """Re-estimate BatchNorm statistics on training samples."""
-        batches = [
-            [learner.inputs(learner.batches.at(number), self.body.device) for learner in self.learners]
-            for number in range(rounds)
-        ]
-        recalibrate(
-            [learner.module for learner in self.learners],
-            [learner.task.forward for learner in self.learners],
-            batches,
-        )
 
     def statistics(self) -> dict[str, Tensor]:
         """A copy of the BatchNorm statistics in use."""
         names = [n for n in self.body.tensors if n.endswith(("running_mean", "running_var"))]
         return {name: self.body.tensors[name].detach().clone() for name in names}
 
-    def _load_statistics(self, statistics: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in statistics.items():
-                self.body.tensors[name].copy_(value)
-
     def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
         settings, device = self.settings, self.body.device
         started = time.perf_counter()
         self.body.clear_gradients()
         losses: dict[str, float] = {}
-        with self.autocast():
+        with autocast(self.settings, self.body):
             for learner in self.learners:
                 for part in range(settings.batches_per_step):
                     samples = learner.batches.at(state.step * settings.batches_per_step + part)
@@ -246,7 +222,7 @@ class Loop:
 
     def _check_task(self, learner: Learner) -> dict[str, float]:
         samples = learner.held or learner.train[: self.settings.held_out_limit]
-        logits = predict(learner, samples, self.body.device, self.autocast())
+        logits = predict(learner, samples, self.body.device, autocast(self.settings, self.body))
         classes = logits.argmax(-1)
         counts = torch.bincount(classes, minlength=logits.shape[-1])
         result = {
@@ -264,7 +240,46 @@ class Loop:
 
     def _note(self, state: State, record: dict[str, Any]) -> None:
         state.history.append(record)
-        self.callback(record)
+        self.callback({**record, "steps": self.settings.steps, "objective": self.objective.name})
+
+
+def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optimizer:
+    """The optimiser of torch by name and options.
+
+    Raises:
+        UsageError: no such optimiser, or options it does not take.
+    """
+    kind: Any = getattr(torch.optim, settings.optimizer, None)
+    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or kind is torch.optim.LBFGS:
+        raise UsageError(
+            f"optimizer (='{settings.optimizer}') must be a class of torch.optim that steps from one "
+            "gradient, as Adam or SGD"
+        )
+    try:
+        make: Callable[..., torch.optim.Optimizer] = kind
+        optimizer = make([values], lr=settings.lr, **settings.optimizer_options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer '{settings.optimizer}': {error}") from None
+    return optimizer
+
+
+def estimate_statistics(learners: Sequence[Learner], device: torch.device, rounds: int) -> None:
+    """Re-estimate the BatchNorm statistics of the working body on training samples of all tasks."""
+    batches = [
+        [learner.inputs(learner.batches.at(number), device) for learner in learners]
+        for number in range(rounds)
+    ]
+    recalibrate(
+        [learner.module for learner in learners], [learner.task.forward for learner in learners], batches
+    )
+
+
+def autocast(settings: AdaptSettings, body: Body) -> AbstractContextManager[Any]:
+    """The precision of forward passes; a float64 model keeps its own."""
+    doubled = any(tensor.dtype == torch.float64 for tensor in body.tensors.values())
+    if settings.precision == "bfloat16" and not doubled:
+        return torch.autocast(body.device.type, torch.bfloat16)
+    return nullcontext()
 
 
 def predict(

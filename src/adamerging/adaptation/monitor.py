@@ -1,26 +1,35 @@
-"""What the history of a run says about itself, without labels: collapse, and entropy that misleads."""
+"""What a run says about itself, without labels: collapse, entropy that misleads, coefficients out of use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from .coefficients import Layout
+
 COLLAPSED = 0.95
 _DRIFT = 0.05
 
 
-def warnings_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences for the reader, from the first and the last check.
+def warnings_of(history: Sequence[Mapping[str, Any]], chosen: int | None = None) -> list[str]:
+    """Sentences for the reader, from the first check and that of the state that is returned.
 
     A task has collapsed when one class takes nearly all predictions, and neither did at the start nor does
     for the expert. Entropy misleads when it falls while the agreement with the expert falls too.
+
+    Args:
+        history: of the run.
+        chosen: the step whose state is returned; the last one by default.
     """
-    checks = [record["check"] for record in history if "check" in record]
-    if len(checks) < 2:
+    checks = [record for record in history if "check" in record]
+    end = next((check for check in checks if check["step"] == chosen), checks[-1] if checks else None)
+    if end is None or end is checks[0]:
         return []
     found = []
-    for task, last in checks[-1].items():
-        first = checks[0][task]
+    for task, last in end["check"].items():
+        first = checks[0]["check"][task]
         before = max(first["largest_class"], last.get("largest_class_of_expert", 0.0))
         if last["largest_class"] > COLLAPSED > before:
             found.append(
@@ -33,7 +42,17 @@ def warnings_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
         if lost > _DRIFT and last["entropy"] < first["entropy"]:
             found.append(
                 f"{task}: entropy fell from {first['entropy']:.3f} to {last['entropy']:.3f} while agreement "
-                f"with the expert fell from {first['agreement']:.1%} to {last['agreement']:.1%}; confident is "
-                "not right here: use objective: agreement"
+                f"with the expert fell from {first['agreement']:.1%} to {last['agreement']:.1%}; confident "
+                "is not right here: use objective: agreement"
             )
     return found
+
+
+def unused(values: Tensor, where: Layout) -> list[str]:
+    """Sentences about experts whose coefficients are all 0, as applied."""
+    idle = [row for row, own in zip(where.rows, values, strict=True) if not bool(own.any())]
+    if not idle:
+        return []
+    if len(idle) == len(where.rows):
+        return ["all coefficients are 0: the merged model is the base"]
+    return [f"all coefficients of {', '.join(idle)} are 0: nothing of it is in the merged model"]

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UsageError
-from .coefficients import Granularity
+
+Granularity = Literal["task", "block", "tensor", "row"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The product's default, see docs/adapting.md: a TSV-M merge to start from, a coefficient for every row
@@ -107,6 +108,16 @@ class AdaptSettings(BaseModel):
     save_every: int = Field(20, ge=1, description="Steps between saves of the state.")
 
 
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether matrix products in bfloat16 run in hardware there."""
+    import torch
+
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device == "cpu" and supported is not None and bool(supported())
+
+
 def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """The settings with unset fields filled from the preset.
 
@@ -118,4 +129,8 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
-    return make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
+    settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
+    if settings.precision == "auto":
+        chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
+        settings = settings.model_copy(update={"precision": chosen})
+    return settings

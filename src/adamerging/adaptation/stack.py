@@ -76,7 +76,8 @@ def build_stack(
     if depth:
         stored = [settings.start, settings.vectors, vectors.weights, [entry.name for entry in entries]]
         say(
-            f"transformed task vectors: {nbytes / 1e6:.0f} MB in the cache (freed by adamerging cache --clear)"
+            f"transformed task vectors: {nbytes / 1e6:.0f} MB in the disk cache "
+            "(adamerging cache --clear frees it)"
         )
 
         def fill(writer: TensorWriter) -> None:

@@ -37,6 +37,15 @@ def write_folder(
         where: their layout.
         history: records of steps and checks.
     """
+    hashes = write_model(folder, prepared, body)
+    save_coefficients(folder.path / "coefficients.safetensors", values.to(torch.float32), where)
+    folder.write_text("coefficients.csv", as_csv(table(values, where)))
+    folder.write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    return hashes
+
+
+def write_model(folder: OutputFolder, prepared: Prepared, body: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write weights, heads and companions; sha256 by file name. Arguments as of `write_folder`."""
     metadata = {"format": "pt", **prepared.vectors.base.metadata, **prepared.plan.aliases}
     hashes: dict[str, str] = {}
     for file, specs in prepared.files.items():
@@ -50,9 +59,6 @@ def write_folder(
         folder.write_text("model.safetensors.index.json", index_json(names, total))
     hashes |= write_heads(prepared, folder)
     write_companions(prepared, folder)
-    save_coefficients(folder.path / "coefficients.safetensors", values.to(torch.float32), where)
-    folder.write_text("coefficients.csv", as_csv(table(values, where)))
-    folder.write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
     return hashes
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .cache import cache
 from .failing import TRACEBACK, guard
 from .inspect import inspect
 from .merge import merge
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=EPILOG)(inspect)
 app.command()(methods)
+app.command()(cache)
 app.command()(predict)
 app.command()(export)
 

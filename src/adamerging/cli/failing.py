@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import AdamergingError
-from .show import complain
+from .show import complain, note
 
 TRACEBACK = "ADAMERGING_TRACEBACK"
 INTERRUPTED = 130
@@ -24,7 +24,7 @@ def guard() -> Iterator[None]:
         sys.stdout.flush()  # a pipe that nobody reads shows here, not when the interpreter ends
     except AdamergingError as error:
         _show_traceback()
-        complain(str(error))
+        (note if error.exit_code == INTERRUPTED else complain)(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         complain("interrupted; nothing was written")

@@ -221,8 +221,10 @@ def value_of(text: str, flag: str) -> Any:
     """
     import yaml
 
+    from ..recipe import UniqueKeys
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, UniqueKeys)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         raise UsageError(f"{flag}: '{text}' cannot be read as a value ({problem})") from None
@@ -240,6 +242,42 @@ def weights_of(arguments: Sequence[str]) -> Any:
     if len(arguments) == 1 and "=" not in arguments[0]:
         return value_of(arguments[0], "--weight")
     return pairs(arguments, "--weight")
+
+
+def adapt_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """The recipe's `adapt` from `--adapt` flags: a preset's name, and settings as ``KEY=VALUE``.
+
+    Raises:
+        UsageError: two presets, or values that are none.
+    """
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) > 1:
+        raise UsageError(f"--adapt names two presets: {', '.join(names)}")
+    rest = [argument for argument in arguments if "=" in argument]
+    return {**({"preset": names[0]} if names else {}), **pairs(rest, "--adapt")}
+
+
+def tasks_of(data: Sequence[str], test: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
+    """The recipe's `tasks` from `--data NAME=FILE`, `--test NAME=FILE` and `--task NAME.KEY=VALUE`.
+
+    Raises:
+        UsageError: an argument of another form, or given twice.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for flag, key, arguments in (("--data", "adapt", data), ("--test", "evaluate", test)):
+        for argument in arguments:
+            name, equals, path = argument.partition("=")
+            if not equals or not name or not path:
+                raise UsageError(f"{flag} takes NAME=FILE, got '{argument}'")
+            if key in tasks.setdefault(name, {}):
+                raise UsageError(f"{flag} {name} is given twice: {tasks[name][key]} and {path}")
+            tasks[name][key] = path
+    for path, value in pairs(settings, "--task").items():
+        name, dot, key = path.rpartition(".")
+        if not dot:
+            raise UsageError(f"--task takes NAME.KEY=VALUE, as sst2.max_length=64, got '{path}=...'")
+        tasks.setdefault(name, {})[key] = value
+    return tasks
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 from ..errors import UsageError
 from . import flags, show
 from .failing import guard
-from .planned import notes_of, treatments
+from .planned import notes_of, scores_table, treatments
 
 if TYPE_CHECKING:
     from ..estimate import Estimate
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..run import MergeResult, Prepared, Progress
 
 _HOW = "How"
+_DATA = "Learning on data"
 _OUTPUT = "Output"
 
 
@@ -80,6 +81,52 @@ def merge(
     no_heads: flags.NoHeads = False,
     buffers: flags.BuffersFlag = None,
     vocabulary: flags.VocabularyFlag = None,
+    adapt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapt",
+            metavar="PRESET|KEY=VALUE",
+            help="Learn the coefficients on the data: a preset (recommended, paper, released, paper++, "
+            "fusionbench) or a setting, as steps=200; may be repeated.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="NAME=FILE",
+            help="Unlabeled data for one expert; may be repeated.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--test",
+            metavar="NAME=FILE",
+            help="Labelled data to score on; may be repeated.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME.KEY=VALUE",
+            help="Another key of a task, as sst2.max_length=64; may be repeated.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    transductive: Annotated[
+        bool | None,
+        typer.Option(
+            "--transductive/--no-transductive",
+            help="Allow data to score on that was adapted to; the record says so.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +175,8 @@ def merge(
     """Merge experts into one model, from a recipe or from flags. Flags override the recipe's keys.
 
     Example: adamerging merge base/ sst2=experts/sst2 trec=experts/trec --method ties --out merged/
+
+    With --adapt the coefficients are learned on unlabeled data, one --data NAME=FILE for each expert.
     """
     changes = flags.given(
         method=flags.method_of(method) if method else None,
@@ -145,12 +194,20 @@ def merge(
         threads=threads,
         out=out,
         overwrite=overwrite,
+        adapt=flags.adapt_of(adapt) if adapt else None,
+        tasks=flags.tasks_of(data or [], test or [], task or []) or None,
+        transductive=transductive,
     )
     if no_heads:
         changes["heads"] = _no_heads(heads)
     recipe = flags.recipe_from(sources or [], base, expert or [], changes)
     if recipe.out is None and not dry_run:
         raise UsageError("no output folder: give --out FOLDER (or out: in the recipe); --dry-run needs none")
+    if recipe.adapt is not None:
+        from .adapting import learn
+
+        learn(recipe, dry_run=dry_run, as_json=as_json)
+        return
     _merge(recipe, dry_run=dry_run, as_json=as_json)
 
 
@@ -172,7 +229,16 @@ def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
         _show_dry_run(prepared, estimate(prepared, recipe.out), as_json)
         return
     with _progress(prepared) as progress:
-        result = execute(prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress)
+        if recipe.tasks:
+            from ..adaptation.adapt import tasks_of
+            from ..adaptation.static import merge_with_tasks
+
+            result = merge_with_tasks(
+                prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
+                transductive=recipe.transductive, progress=progress,
+            )  # fmt: skip
+        else:
+            result = execute(prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress)
     _show_result(prepared, result, as_json)
 
 
@@ -208,9 +274,9 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
     record, out = result.record, result.out
     assert out is not None
     nbytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    warnings = _warnings(prepared, record["unchanged"])
+    warnings = [*_warnings(prepared, record["unchanged"]), *record["warnings"]]
     if as_json:
-        show.print_json({"out": str(out), "bytes": nbytes, "warnings": warnings, **record})
+        show.print_json({**record, "out": str(out), "bytes": nbytes, "warnings": warnings})
         return
     console = show.console()
     experts = record["experts"]
@@ -222,6 +288,11 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
     )
     console.print()
     console.print(treatments(prepared.plan))
+    if "scores" in record:
+        console.print()
+        console.print(scores_table(record))
+    if record.get("statistics"):
+        show.note(f"BatchNorm statistics: {record['statistics']}")
     _tell(show.note, notes_of(prepared))
     _tell(show.warn, warnings)
 
@@ -229,7 +300,9 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
 def _show_dry_run(prepared: Prepared, estimate: Estimate, as_json: bool) -> None:
     from dataclasses import asdict
 
-    warnings = _warnings(prepared, [])
+    from ..run import statistics_warning
+
+    warnings = [*_warnings(prepared, []), *statistics_warning(prepared.plan)]
     if estimate.free is not None and estimate.free < estimate.disk:
         warnings.append(f"the disk has {show.size(estimate.free)} free, less than the result takes")
     if as_json:

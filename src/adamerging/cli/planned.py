@@ -1,9 +1,9 @@
-"""A merge plan as tables, for `merge` and `inspect`."""
+"""A merge plan and scores as tables, for `merge` and `inspect`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from . import show
 
@@ -43,6 +43,21 @@ def tensors(plan: Plan) -> Table:
         for row in plan.rows()
     ]
     return show.table("Tensors", ["name", "treatment", "shape", "dtype", "why"], rows)
+
+
+def scores_table(record: Mapping[str, Any]) -> Table:
+    """Accuracy by task and model, their means, and the share of the experts' accuracy."""
+    scores = record["scores"]
+    models = list(scores["mean"])
+    found = {(row["task"], row["model"]): row["accuracy"] for row in scores["records"]}
+    tasks = list(dict.fromkeys(row["task"] for row in scores["records"]))
+    rows: list[tuple[str, ...]] = [(task, *(f"{found[task, m]:.1%}" for m in models)) for task in tasks]
+    rows.append(("mean", *(f"{scores['mean'][m]:.1%}" for m in models)))
+    shares = (scores["normalised"][m] for m in models)
+    rows.append(("of the experts'", *("" if share is None else f"{share:.1%}" for share in shares)))
+    said = [name for name in ("labelled", "transductive") if record.get(name)]
+    title = "Accuracy" + (f" ({', '.join(said)})" if said else "")
+    return show.table(title, ["task", *(f">{m}" for m in models)], rows)
 
 
 def notes_of(prepared: Prepared) -> list[str]:

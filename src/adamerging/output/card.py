@@ -31,6 +31,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     )
     named = {"base": _name(record["base"]), "experts": {t: _name(s) for t, s in record["experts"].items()}}
     recipe = yaml.safe_dump({**record["recipe"], **named}, sort_keys=False, allow_unicode=True)
+    note = _data_note(record)
     return f"""---
 {front}---
 
@@ -54,8 +55,18 @@ Recipe:
 ```yaml
 {recipe}```
 
-`run.json` beside this file holds versions, seeds and the sha256 of every input and output.
+{note}`run.json` beside this file holds versions, seeds and the sha256 of every input and output.
 """
+
+
+def _data_note(record: Mapping[str, Any]) -> str:
+    """What a reader of scores must know about the data."""
+    notes = []
+    if record.get("labelled"):
+        notes.append("The coefficients were learned from **labelled** data.")
+    if record.get("transductive"):
+        notes.append("**Transductive**: it may be scored on the inputs it was adapted to.")
+    return "".join(f"{note}\n\n" for note in notes)
 
 
 def hub_id(label: str) -> str | None:

@@ -1,11 +1,33 @@
-"""What a task is, and the kinds there are. One file a kind."""
+"""What a task is, and the kinds there are. One file a kind, loaded when asked for."""
 
-from .data import read_samples, refuse_overlap
-from .image_classification import image_task
-from .module import module_task
-from .resolve import TaskSpec, make_task, make_tasks
-from .task import Inputs, Samples, Task
-from .text_classification import embedding_text_task, text_task
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import read_samples, refuse_overlap
+    from .image_classification import image_task
+    from .module import module_task
+    from .resolve import make_task, make_tasks
+    from .spec import TaskSpec
+    from .task import Inputs, Samples, Task
+    from .text_classification import embedding_text_task, text_task
+
+_HOME = {
+    "Inputs": "task",
+    "Samples": "task",
+    "Task": "task",
+    "TaskSpec": "spec",
+    "embedding_text_task": "text_classification",
+    "image_task": "image_classification",
+    "make_task": "resolve",
+    "make_tasks": "resolve",
+    "module_task": "module",
+    "read_samples": "data",
+    "refuse_overlap": "data",
+    "text_task": "text_classification",
+}
 
 __all__ = [
     "Inputs",
@@ -21,3 +43,9 @@ __all__ = [
     "refuse_overlap",
     "text_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,7 @@ import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from .. import naming
 from ..errors import UsageError
@@ -18,10 +16,9 @@ from .huggingface import is_partial
 from .image_classification import image_task
 from .labels import class_names
 from .module import module_task
+from .spec import Kind, TaskSpec, beside
 from .task import Task
 from .text_classification import embedding_text_task, text_task
-
-Kind = Literal["text", "text_embedding", "image", "module"]
 
 _USES: Mapping[str, tuple[str, ...]] = {
     "text": ("max_length", "pair_field", "tokenizer"),
@@ -29,37 +26,6 @@ _USES: Mapping[str, tuple[str, ...]] = {
     "image": ("processor",),
     "module": ("model", "head", "collate", "forward"),
 }
-
-
-class TaskSpec(BaseModel):
-    """One task of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    kind: Kind | None = Field(
-        None, description="What the inputs and the model are; told from the expert when unset."
-    )
-    adapt: str | None = Field(
-        None, description="Unlabeled data: a file, a folder, file.npz:split, or org/name:split."
-    )
-    evaluate: str | None = Field(None, description="Labelled data for scores; disjoint from `adapt`.")
-    input_field: str | None = Field(None, description="Column of the text, image or array.")
-    label_field: str | None = Field(None, description="Column of the label.")
-    pair_field: str | None = Field(None, description="Column of a second text (kind text).")
-    label_names: list[str] | None = Field(None, description="Class names by number; the expert's when unset.")
-    max_length: int | None = Field(None, ge=1, description="Tokens kept of a text.")
-    tokenizer: str | None = Field(None, description="Folder of a tokenizer; the expert's when unset.")
-    processor: str | None = Field(None, description="Folder of an image processor; the expert's when unset.")
-    head: str | None = Field(
-        None,
-        description="Kind text_embedding: safetensors file with one matrix (classes, width). "
-        "Kind module: package.module:name.",
-    )
-    model: str | None = Field(None, description="Kind module: what makes the model, package.module:name.")
-    collate: str | None = Field(None, description="Kind module: samples → batch, package.module:name.")
-    forward: str | None = Field(
-        None, description="Kind module: (module, batch) → output, package.module:name."
-    )
 
 
 def make_tasks(
@@ -174,14 +140,6 @@ def named(path: str | None) -> Any:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{path} cannot be imported: {error}") from None
     return value
-
-
-def beside(folder: Path | None, value: str | None) -> str | None:
-    """A path that exists in a folder (a split behind a colon kept), else the value itself."""
-    if folder is None or value is None:
-        return value
-    plain = value.rpartition(":")[0] if ":" in value and not (folder / value).exists() else value
-    return str(folder / value) if plain and (folder / plain).exists() else value
 
 
 def _check_options(name: str, kind: Kind, spec: TaskSpec) -> None:

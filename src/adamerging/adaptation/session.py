@@ -1,0 +1,296 @@
+"""A run of adaptation, opened: base, experts, the stack, the working body, the tasks' models and data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from ..recipe import Settings
+from ..run import Prepared, prepare
+from ..stream import Workers
+from ..tasks.task import Task
+from ..weights import sha256_file
+from .batches import Batches, split
+from .body import Body
+from .cache import cached, content_of, key
+from .coefficients import Layout, layout, load_coefficients
+from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
+from .objectives import OBJECTIVES, Objective
+from .settings import AdaptSettings, resolve
+from .stack import Stack, build_stack
+from .state import State, load_state, save_state
+from .store import VectorStore
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """Everything a run of adaptation holds while it runs.
+
+    Attributes:
+        prepared: base, experts and plan.
+        settings: how to learn.
+        objective: what to minimise.
+        tasks: in the experts' order.
+        workers, store, body, learners, where, stack: the working parts.
+        hashes: sha256 of the weight files.
+        fingerprint: of weights, data and settings; a saved state fits only the same.
+    """
+
+    prepared: Prepared
+    settings: AdaptSettings
+    objective: Objective
+    workers: Workers
+    store: VectorStore
+    body: Body
+    learners: list[Learner]
+    where: Layout
+    stack: Stack
+    hashes: Mapping[Path, str]
+    fingerprint: str
+
+
+def open_session(
+    base: Any,
+    experts: Mapping[str, Any],
+    tasks: Iterable[Task],
+    adapt: Mapping[str, Any],
+    merge: Settings,
+    workers: Workers,
+    say: Say,
+) -> Session:
+    """Open base and experts and begin, see `begin`."""
+    return begin(prepare(base, experts, merge), tasks, resolve(adapt), workers, say)
+
+
+def begin(
+    prepared: Prepared, tasks: Iterable[Task], settings: AdaptSettings, workers: Workers, say: Say
+) -> Session:
+    """Check everything, build the stack, attach the tasks' modules, ask the experts.
+
+    Raises:
+        UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
+    """
+    objective = make_objective(settings)
+    make_optimizer(settings, torch.zeros(1, requires_grad=True))
+    device = make_device(settings.device)
+    vectors = prepared.vectors
+    if vectors.weights != 1.0 and settings.start is None:
+        raise UsageError(
+            "weights belong to the merge that learning starts from (adapt.start), and none is asked for; "
+            "coefficients learned from the experts' own vectors start at adapt.initial"
+        )
+    ordered = match_tasks(vectors.tasks, tasks, objective)
+    inputs = [vectors.base, *vectors.experts.values()]
+    hashes = {path: digest for path, digest in _hash_all([p for w in inputs for p in w.files], workers)}
+    content = [content_of(weights, hashes) for weights in inputs]
+    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
+    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
+    store.scan()
+    if not store.entries():
+        raise UsageError("every expert is identical to the base: there is nothing to merge")
+    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+    body = Body(vectors, device)
+    body.reset(vectors)
+    learners = [make_learner(task, body, prepared, settings) for task in ordered]
+    data: list[Any] = [[task.name, _content_of_task(task)] for task in ordered]
+    if settings.coefficients is not None and Path(settings.coefficients).is_file():
+        data.append(sha256_file(Path(settings.coefficients)))
+    dumped = settings.model_dump(exclude={"save_every", "budget"})
+    merging = prepared.settings.model_dump(exclude={"threads"})
+    fingerprint = key("state", content, data, dumped, merging, list(stack.labels))
+    session = Session(
+        prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
+    )
+    ask_experts(session, content, say)
+    return session
+
+
+def make_objective(settings: AdaptSettings) -> Objective:
+    """The objective by name and options.
+
+    Raises:
+        UsageError: unknown name or options.
+    """
+    if settings.objective not in OBJECTIVES:
+        raise UsageError(f"unknown objective '{settings.objective}'; there are: {', '.join(OBJECTIVES)}")
+    try:
+        return OBJECTIVES[settings.objective](**settings.objective_options)
+    except TypeError as error:
+        raise UsageError(f"objective '{settings.objective}': {error}") from None
+
+
+def make_device(name: str) -> torch.device:
+    """The device by name.
+
+    Raises:
+        UsageError: no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device (='{name}') cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def match_tasks(names: Sequence[str], tasks: Iterable[Task], objective: Objective) -> list[Task]:
+    """The tasks in the experts' order, each with what the objective needs.
+
+    Raises:
+        UsageError: an expert without a task or the other way round, a task without data or labels.
+    """
+    given = {task.name: task for task in tasks}
+    problems = [f"expert '{name}' has no task with data" for name in names if name not in given]
+    problems += [f"task '{name}' has no expert" for name in given if name not in names]
+    for name, task in given.items():
+        if task.adapt is None:
+            problems.append(f"task '{name}' has no adaptation data: give unlabeled inputs under 'adapt'")
+        elif len(task.adapt) < 2:
+            problems.append(
+                f"task '{name}': {len(task.adapt)} adaptation sample in {task.adapt.source}; 2 are the least"
+            )
+        elif objective.target == "labels" and task.adapt.labels is None:
+            problems.append(
+                f"task '{name}': the objective '{objective.name}' needs labels, {task.adapt.source} has none"
+            )
+    if problems:
+        raise UsageError("\n".join(problems))
+    return [given[name] for name in names]
+
+
+def make_learner(task: Task, body: Body, prepared: Prepared, settings: AdaptSettings) -> Learner:
+    """A task with its model, whose body is the working one, and the order of its samples."""
+    assert task.adapt is not None
+    vectors = prepared.vectors
+    module = body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
+    train, held = split(len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name)
+    costs = list(task.costs(task.adapt)) if task.costs is not None else None
+    batches = Batches(
+        train, settings.batch_size, settings.seed, task.name, costs if settings.group_by_length else None
+    )
+    return Learner(task, module, train, held, batches, costs)
+
+
+def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
+    """Each expert's logits on its adaptation data: all of it for `agreement`, else what checks look at.
+
+    Computed once and cached by content; experts take the working body in turn, so none stays loaded.
+    """
+    settings = session.settings
+    for number, learner in enumerate(session.learners):
+        assert learner.task.adapt is not None
+        held = learner.held or learner.train[: settings.held_out_limit]
+        samples = sorted({*learner.train, *held}) if session.objective.target == "expert" else list(held)
+        name = None
+        if learner.task.settings.get("kind", "module") != "module":  # what a module does has no fingerprint
+            expert = content[0], content[number + 1]
+            name = key("logits", expert, _content_of_task(learner.task), samples, settings.precision)
+        stored = cached_logits(name) if name is not None else None
+        if stored is None:
+            say(f"predictions of expert '{learner.task.name}' on {len(samples)} samples")
+            session.body.load_expert(session.prepared.vectors, learner.task.name)
+            stored = predict(learner, samples, session.body.device, autocast(settings, session.body))
+            if name is not None:
+                store_logits(name, stored)
+        learner.expert_logits = dict(zip(samples, stored, strict=True))
+    session.body.reset(session.prepared.vectors)
+
+
+def _content_of_task(task: Task) -> list[Any]:
+    """What the model sees of a task's data: the samples, and what becomes of a few of them."""
+    assert task.adapt is not None
+    digest = hashlib.sha256()
+    first = [task.adapt.inputs[i] for i in range(min(4, len(task.adapt)))]
+    for name, tensor in sorted(task.collate(first).items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return [task.adapt.fingerprint, dict(task.settings), digest.hexdigest()]
+
+
+def cached_logits(name: str) -> Tensor | None:
+    """Logits stored under a key, or None."""
+    from safetensors.torch import load_file
+
+    from .cache import cache_folder
+
+    path = cache_folder() / f"{name}.safetensors"
+    try:
+        return load_file(path)["logits"] if path.exists() else None
+    except Exception:  # a damaged cache file is computed anew
+        return None
+
+
+def store_logits(name: str, logits: Tensor) -> None:
+    """Store logits under a key."""
+    from ..weights import Spec
+
+    cached(name, {"logits": Spec(tuple(logits.shape), logits.dtype)}, lambda writer: writer.write(logits))
+
+
+def _hash_all(paths: Sequence[Path], workers: Workers) -> Iterable[tuple[Path, str]]:
+    unique = list(dict.fromkeys(paths))
+    return zip(unique, workers.map(sha256_file, unique), strict=True)
+
+
+def first_values(session: Session) -> Tensor:
+    """The coefficients that learning starts from."""
+    if session.settings.coefficients is not None:
+        return load_coefficients(session.settings.coefficients, session.where)
+    return session.where.full(session.stack.initial, torch.float64)
+
+
+def learn(
+    session: Session,
+    *,
+    state_file: Path | None = None,
+    callback: Callable[[Mapping[str, Any]], None] = lambda _: None,
+) -> State:
+    """Run the optimisation, going on from a saved state where there is one.
+
+    Raises:
+        UsageError: a saved state of another run.
+        NonFiniteLossError: see `Loop.run`.
+        InterruptedRun: see `Loop.run`; it says whether the state was saved.
+    """
+    settings, where = session.settings, session.where
+    state = load_state(state_file, session.fingerprint) if state_file is not None else None
+    if state is None:
+        dtype = (
+            torch.float64
+            if any(t.dtype == torch.float64 for t in session.body.tensors.values())
+            else torch.float32
+        )
+        state = State(0, first_values(session).to(dtype))
+
+    def save(current: State) -> None:
+        if state_file is not None:
+            save_state(state_file, current, session.fingerprint)
+
+    loop = Loop(
+        settings,
+        session.objective,
+        session.body,
+        session.store,
+        where,
+        session.learners,
+        state,
+        save,
+        callback,
+    )
+    try:
+        return loop.run()
+    except InterruptedRun:
+        if state_file is not None:
+            raise
+        raise InterruptedRun(
+            f"stopped after {state.step} of {settings.steps} steps; with an output folder they would be kept"
+        ) from None

@@ -1,0 +1,139 @@
+"""A merge without learning that has data at hand: BatchNorm statistics re-estimated, and scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..recipe import Recipe
+from ..run import (
+    MergeResult,
+    Prepared,
+    Progress,
+    check_out,
+    execute,
+    prepare_recipe,
+    run_record,
+    statistics_warning,
+)
+from ..stream import Workers
+from ..tasks.task import Task
+from ..weights import sha256_file
+from .adapt import tasks_of
+from .body import Body
+from .loop import estimate_statistics
+from .scoring import average_into, score
+from .session import make_learner
+from .settings import resolve
+from .write import write_model, write_record
+
+_ROUNDS = 16
+
+
+def merge_recipe_with_tasks(
+    recipe: Recipe, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+) -> MergeResult:
+    """Merge as a recipe with `tasks` but without `adapt` says. Raises as `merge_with_tasks`."""
+    prepared = prepare_recipe(recipe)
+    return merge_with_tasks(
+        prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
+        transductive=recipe.transductive, progress=progress, say=say,
+    )  # fmt: skip
+
+
+def merge_with_tasks(
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    transductive: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> MergeResult:
+    """Merge by a method, in memory where the tasks' data is of use, else streaming.
+
+    Averaged BatchNorm statistics are re-estimated where every expert has unlabeled data; base, experts,
+    simple average and merged model are scored where tasks have labelled data.
+
+    Args:
+        prepared: what is merged.
+        tasks: data by expert.
+        out: folder to write.
+        overwrite: replace the folder of an earlier run.
+        transductive: for the record.
+        progress: of the merge.
+        say: told what takes time.
+
+    Raises:
+        UsageError: data, and a tokenizer other than the base's.
+        AdamergingError: as `run.merge`.
+    """
+    lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
+    estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking
+    if not estimated and all(task.evaluate is None for task in tasks):
+        return execute(prepared, out=out, overwrite=overwrite, progress=progress)
+    if prepared.settings.tokenizer != "base":
+        raise UsageError("data goes through the base's tokenizer; tokenizer: base")
+    started = time.perf_counter()
+    folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
+    body, extra = _merge(prepared, tasks, progress, say, estimated)
+    files = [p for w in (prepared.vectors.base, *prepared.vectors.experts.values()) for p in w.files]
+    with Workers(prepared.settings.threads) as workers:
+        hashes = dict(zip(files, workers.map(sha256_file, files), strict=True))
+    record = run_record(prepared, started, hashes) | extra
+    record |= {"transductive": transductive, "tasks": {task.name: dict(task.settings) for task in tasks}}
+    if folder is None:
+        return MergeResult(prepared.plan, record, body=body.tensors)
+    with folder:
+        folder.require(prepared.nbytes)
+        record["outputs"] = write_model(folder, prepared, body.tensors)
+        write_record(folder, record)
+        folder.commit()
+    return MergeResult(prepared.plan, record, out=folder.target)
+
+
+def _merge(
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    progress: Progress | None,
+    say: Callable[[str], None],
+    estimated: bool,
+) -> tuple[Body, dict[str, Any]]:
+    """The merged body, and what the record says about statistics and scores."""
+    vectors = prepared.vectors
+    merged = execute(prepared, progress=progress).body
+    body = Body(vectors, torch.device("cpu"))
+    settings = resolve({"preset": "paper"})
+    modules = [
+        (task, body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base)))
+        for task in tasks
+    ]
+    learners = [make_learner(task, body, prepared, settings) for task in tasks] if estimated else []
+
+    def refresh() -> None:
+        if estimated:
+            estimate_statistics(learners, body.device, _ROUNDS)
+
+    def fill() -> None:
+        with torch.no_grad():
+            for name, tensor in body.tensors.items():
+                tensor.copy_(merged[name])
+        refresh()
+
+    with Workers(prepared.settings.threads) as workers:
+
+        def average() -> None:
+            average_into(body, vectors, workers)
+            refresh()
+
+        models = {"base": lambda: body.load_base(vectors), "average": average, "merged": fill}
+        scores = score(modules, body, vectors, models, say)
+    extra: dict[str, Any] = {"statistics": "re-estimated on the tasks' data"} if estimated else {}
+    extra["warnings"] = [] if estimated else statistics_warning(prepared.plan)
+    return body, extra | ({"scores": scores.as_dict()} if scores is not None else {})
