@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TASKS = ["digits", "letters", "textures", "damage"]
 ROWS = ["base", "experts", "average, as is", "average", "task arithmetic", "TIES", "TSV-M"]
+ROWS += ["AdaMerging, task", "AdaMerging", "AdaMerging++", "recommended"]
 
 
 @pytest.fixture(scope="module")
