@@ -64,7 +64,10 @@ def build_stack(
     tasks = vectors.tasks
     start = None if settings.start is None else parse(settings.start)
     transform = None if settings.vectors is None else parse(settings.vectors)
-    if transform is not None and any(not stage.keeps_tasks for stage in transform.transform):
+    if transform is not None and (
+        any(not stage.keeps_tasks for stage in transform.transform)
+        or (transform.reduce is not None and not transform.transform)
+    ):
         raise UsageError(
             f"vectors: '{transform.name}' combines the experts into one vector; use it as 'start'"
         )

@@ -56,7 +56,13 @@ class VectorStore:
 
     def scan(self) -> None:
         """Read everything once, which finds the tensors no expert changed; keep what the budget allows."""
-        list(self.workers.map(lambda job: self.read(*job) and None, self._jobs(self.vectors.entries())))
+
+        def look(entry: Entry, start: int, stop: int) -> None:  # at the experts, even if the stack has none
+            if entry.name not in self._opened:
+                self._opened[entry.name] = self.vectors.open(entry)
+            self.vectors.read(self._opened[entry.name], start, stop)
+
+        list(self.workers.map(lambda job: look(*job), self._jobs(self.vectors.entries())))
         entries = self.entries()
         depth = len(self.vectors.tasks) * self.experts + max(
             (len(v) for v in self.cached.values()), default=0
