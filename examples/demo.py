@@ -505,7 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"\nEvery number and seed: {options.out / 'results.json'} ({record['seconds']:.0f} s in all)"
     )
     console.print("\n[bold]Next[/], the same for models of your own (folders, files or hub ids):\n")
-    console.print(r"  .venv/bin/adamerging merge BASE a=EXPERT b=EXPERT --out merged \\")
+    console.print("  .venv/bin/adamerging merge BASE a=EXPERT b=EXPERT --out merged \\")
     console.print(r"      --adapt preset=recommended --data a=a.jsonl --data b=b.jsonl")
     console.print("\nor, where there is no data at all:\n")
     console.print("  .venv/bin/adamerging merge BASE a=EXPERT b=EXPERT --method tsv_m --out merged")
