@@ -66,43 +66,33 @@ def test_a_static_merge_with_data_estimates_them_anew():
     assert "statistics are the mean of the experts'" in said
 
 
-def deep():
-    """A net whose signal goes through six norms, so that wrong statistics add up."""
-    parts = []
-    for number in range(6):
-        parts += [nn.Linear(16 if number else 4, 16), nn.BatchNorm1d(16), nn.ReLU()]
-    return nn.Sequential(*parts, nn.Linear(16, 3))
-
-
-def train(net, inputs, labels, rate, steps):
-    optimizer = torch.optim.Adam(net.train().parameters(), rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(inputs), labels).backward()
-        optimizer.step()
-    return net.eval()
+def scaled():
+    """Experts whose first layers differ in size alone, which their norms undo: all are one function."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    nn.init.normal_(net[3].weight, std=3)
+    base, experts, tasks = copy.deepcopy(net), {}, []
+    base[0].weight.data *= 2
+    for number, size in enumerate((1, 1, 30)):
+        expert = experts[f"t{number}"] = copy.deepcopy(net)
+        expert[0].weight.data *= size
+        inputs = torch.randn(300, 4)
+        expert[1].running_var = (size**2) * net[0].weight.detach().square().sum(1)
+        tasks.append(am.module_task(f"t{number}", inputs, model=lambda: copy.deepcopy(net)))
+    return base, experts, tasks
 
 
 def test_merged_models_are_nearer_to_their_experts():
-    torch.manual_seed(0)
-    inputs = torch.randn(300, 4)
-    base = train(deep(), inputs, inputs[:, :3].argmax(1), 0.01, 60)
-    experts, tasks = {}, []
-    for number in range(3):
-        torch.manual_seed(number + 1)
-        inputs = torch.randn(300, 4)
-        labels = inputs.roll(number, 1)[:, :3].argmax(1)
-        experts[f"t{number}"] = train(copy.deepcopy(base), inputs, labels, 0.02, 100)
-        tasks.append(am.module_task(f"t{number}", inputs, model=deep))
-    merging = {"heads": ["18.*"], "allow": ["unrelated"]}
-    settings = {"preset": "paper", "granularity": "task", "initial": 1.0, "steps": 0, "merge": merging}
+    base, experts, tasks = scaled()
+    merging = {"heads": ["3.*"], "allow": ["unrelated"]}
+    settings = {"preset": "paper", "granularity": "task", "initial": 1 / 3, "steps": 0, "merge": merging}
     found = {}
     for batchnorm in ("keep", "recalibrate"):
         result = adapt(base, experts, tasks, batchnorm=batchnorm, **settings)
         found[batchnorm] = result.history[-1]["kl"]
         warned = [text for text in result.warnings if "BatchNorm" in text]
         assert bool(warned) == (batchnorm == "keep")
-    assert found["recalibrate"] < 0.9 * found["keep"]
+    assert found["recalibrate"] < 0.2 * found["keep"]
 
 
 def test_kept_statistics_are_the_experts_mean(tmp_path):
