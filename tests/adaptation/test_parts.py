@@ -98,6 +98,18 @@ def test_an_epoch_shows_every_sample_once(grouped):
             assert sum(8 * max(costs[i] for i in batch) for batch in shown) < 1.25 * sum(costs)
 
 
+def test_dear_samples_come_in_smaller_batches():
+    costs = [4] * 40 + [100] * 10 + [500] * 3
+    batches = Batches(range(53), 16, 0, "t", costs, 400)
+    sizes = [sorted(len(batches.at(e * batches.count + i)) for i in range(batches.count)) for e in range(3)]
+    assert sizes[0] == sizes[1] == sizes[2]
+    for number in range(2 * batches.count):
+        batch = batches.at(number)
+        assert len(batch) == 1 or len(batch) * max(costs[i] for i in batch) <= 400
+    shown = sum((batches.at(batches.count + i) for i in range(batches.count)), [])
+    assert sorted(shown) == list(range(53))
+
+
 def test_fewer_samples_than_a_batch_are_one_batch():
     assert sorted(Batches([3, 5, 9], 16, 0, "t").at(7)) == [3, 5, 9]
 

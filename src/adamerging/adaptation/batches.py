@@ -28,18 +28,29 @@ class Batches:
         size: samples a batch; all of them where there are fewer.
         seed, task: what the order depends on.
         costs: by sample number; when given, a batch holds samples of similar cost.
+        most: the most a batch may cost, padded to its costliest sample; samples that cost much come in
+            smaller batches. Only with `costs`.
     """
 
     def __init__(
-        self, samples: Sequence[int], size: int, seed: int, task: str, costs: Sequence[int] | None = None
+        self,
+        samples: Sequence[int],
+        size: int,
+        seed: int,
+        task: str,
+        costs: Sequence[int] | None = None,
+        most: int | None = None,
     ) -> None:
-        self.samples, self.size, self.seed, self.task, self.costs = list(samples), size, seed, task, costs
-        self.count = max(1, len(self.samples) // size)
-        self._epoch = -1
-        self._batches: list[list[int]] = []
+        self.samples, self.size, self.seed, self.task = list(samples), size, seed, task
+        self.costs, self.most = costs, most
+        self._epoch, self._batches = 0, self._arrange(0)
+        self.count = len(self._batches)
 
     def at(self, number: int) -> list[int]:
-        """Batch ``number``, from 0. An epoch shows every sample at most once and drops the odd rest."""
+        """Batch ``number``, from 0. An epoch shows every sample at most once.
+
+        Without costs the odd rest of an epoch is dropped; with them no sample is.
+        """
         epoch, position = divmod(number, self.count)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._arrange(epoch)
@@ -48,9 +59,20 @@ class Batches:
     def _arrange(self, epoch: int) -> list[list[int]]:
         generator = _generator(self.seed, self.task, "epoch", epoch)
         order = [self.samples[i] for i in generator.permutation(len(self.samples))]
-        order = order[: self.count * self.size]
-        if self.costs is not None:
-            costs = self.costs
-            order.sort(key=lambda sample: costs[sample])  # stable: equal costs stay shuffled
-        batches = [order[i : i + self.size] for i in range(0, len(order), self.size)]
+        if self.costs is None:
+            whole = max(1, len(order) // self.size) * self.size
+            batches = [order[i : i + self.size] for i in range(0, min(whole, len(order)), self.size)]
+        else:
+            batches = self._alike(order, self.costs)
         return [batches[i] for i in generator.permutation(len(batches))]
+
+    def _alike(self, order: list[int], costs: Sequence[int]) -> list[list[int]]:
+        """Samples of similar cost together; the sizes of the batches are the same in every epoch."""
+        batches: list[list[int]] = [[]]
+        for sample in sorted(order, key=lambda sample: costs[sample]):  # stable: equal costs stay shuffled
+            full = len(batches[-1]) == self.size
+            dear = self.most is not None and (len(batches[-1]) + 1) * costs[sample] > self.most
+            if batches[-1] and (full or dear):
+                batches.append([])
+            batches[-1].append(sample)
+        return batches

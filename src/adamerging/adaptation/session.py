@@ -174,9 +174,8 @@ def make_learner(task: Task, body: Body, prepared: Prepared, settings: AdaptSett
     module = body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
     train, held = split(len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name)
     costs = list(task.costs(task.adapt)) if task.costs is not None else None
-    batches = Batches(
-        train, settings.batch_size, settings.seed, task.name, costs if settings.group_by_length else None
-    )
+    grouped = costs if settings.group_by_length else None
+    batches = Batches(train, settings.batch_size, settings.seed, task.name, grouped, settings.batch_tokens)
     return Learner(task, module, train, held, batches, costs)
 
 

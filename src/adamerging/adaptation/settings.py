@@ -20,10 +20,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "initial": 0.0,
         "clamp": "none",
         "objective": "agreement",
-        "lr": 0.01,
+        "lr": 0.03,
         "schedule": "cosine",
-        "steps": 100,
+        "steps": 60,
         "group_by_length": True,
+        "batch_tokens": 1024,
+        "check_every": 20,
         "held_out": 0.2,
         "keep": "best",
         "precision": "auto",
@@ -80,6 +82,11 @@ class AdaptSettings(BaseModel):
         1, ge=1, description="Batches of each task a step; their losses are summed."
     )
     group_by_length: bool = Field(False, description="Batch samples of similar length: less padding.")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of a batch, padding included, where batches are grouped by length.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the data order.")
     held_out: float = Field(
         0.0,
