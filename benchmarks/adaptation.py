@@ -97,8 +97,8 @@ def measure(args: argparse.Namespace) -> None:
     """The inner process: run steps, print one JSON line."""
     import torch
 
-    from adamerging.adaptation.adapt import open_session
-    from adamerging.adaptation.loop import Loop
+    from adamerging.adaptation.session import open_session
+    from adamerging.adaptation.loop import Loop, autocast
     from adamerging.adaptation.state import State
     from adamerging.recipe import Settings
     from adamerging.stream import Workers
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> None:
         def plain_step() -> None:
             assert plain is not None
             plain.zero_grad()
-            with loop.autocast():
+            with autocast(session.settings, body):
                 for learner in session.learners:
                     samples = learner.batches.at(state.step)
                     logits = learner.task.forward(learner.module, learner.inputs(samples, body.device))

@@ -26,9 +26,8 @@ def main() -> None:
     for parameter in pretrained.classifier.parameters():
         parameter.requires_grad_(False)
     count = sum(p.requires_grad for p in pretrained.parameters())
-    merged = LayerWiseMergedModel(
-        get_layer_wise_weights(num_models=len(models), num_layers=count, init_values=0.3), pretrained, models
-    )
+    start = get_layer_wise_weights(num_models=len(models), num_layers=count, init_values=0.3)
+    merged = LayerWiseMergedModel(start, pretrained, models, strict=False)
     generator = torch.Generator().manual_seed(0)
     if args.model == "minilm":
         batches = [

@@ -21,7 +21,8 @@ from .tasks.huggingface import PART, quiet
 from .tasks.image_classification import image_task
 from .tasks.labels import class_names
 from .tasks.module import module_task
-from .tasks.resolve import Kind, guess_kind
+from .tasks.resolve import guess_kind
+from .tasks.spec import Kind
 from .tasks.task import Samples, Task
 from .tasks.text_classification import embedding_text_task, read_head, text_task
 from .weights import Weights, open_weights

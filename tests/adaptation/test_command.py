@@ -235,10 +235,17 @@ def test_experts_are_asked_once(cli, root, tmp_path, monkeypatch):
     assert loaded == ["trec"]
 
 
+def hear_interrupts():
+    """A shell starts its background jobs deaf to Ctrl-C, and so would be what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_it_says_how_to_go_on(root, tmp_path):
     path = recipe(root, tmp_path, adapt={"preset": "paper", "steps": 100000, "save_every": 1}, evaluate=False)
     command = [*PROGRAM, "merge", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
     state = tmp_path / ".merged.adapting" / "state.safetensors"
     until = time.monotonic() + 100
     while not state.exists() and time.monotonic() < until and process.poll() is None:

@@ -38,7 +38,8 @@ def drop(density: Fraction, seed: int, rescale: bool) -> Stage:
             stays = below(keep, seed, task, chunk.name, chunk.start, chunk.stop)
             factor = 1 / resolved(keep) if rescale and resolved(keep) > 0 else 1.0
             # numpy multiplies by booleans three times as fast as torch
-            np.multiply(chunk.stack[row].numpy(), stays.numpy(), out=result[row].numpy())
+            with np.errstate(invalid="ignore"):  # infinity that was asked for times zero
+                np.multiply(chunk.stack[row].numpy(), stays.numpy(), out=result[row].numpy())
             result[row].mul_(factor)
         return result
 
