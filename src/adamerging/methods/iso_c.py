@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from .registry import register
-from .spectral import as_matrices
-from .stage import Chunk, Method, Stage
-
-_TEXT_PROJECTION = ("*text_projection*",)
+from .spectral import spectral
+from .stage import Method
 
 
 @register("iso_c", paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959")
@@ -23,18 +21,10 @@ def iso_c(as_vectors: list[str] | None = None) -> Method:
         as_vectors: patterns of matrices to average like vectors; by default ``*text_projection*``, as the
             authors do.
     """
-    patterns = _TEXT_PROJECTION if as_vectors is None else tuple(as_vectors)
+    return spectral("iso_c", "flatten the spectrum", as_vectors, _flatten)
 
-    def apply(chunk: Chunk, _: None) -> Tensor:
-        matrices = as_matrices(chunk, patterns)
-        if matrices is None:
-            return chunk.stack.mean(0, keepdim=True)
-        left, values, right = torch.linalg.svd(matrices.sum(0), full_matrices=False)
-        flat: Tensor = values.mean() * (left @ right)
-        return flat.reshape(1, -1)
 
-    return Method(
-        "iso_c",
-        reduce=Stage("flatten the spectrum", apply, scope="tensor", keeps_tasks=False),
-        weighted=False,
-    )
+def _flatten(matrices: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(matrices.sum(0), full_matrices=False)
+    flat: Tensor = values.mean() * (left @ right)
+    return flat

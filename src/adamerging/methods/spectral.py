@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from .stage import Chunk
+from .stage import Chunk, Method, Stage
+
+TEXT_PROJECTION = ("*text_projection*",)
+"""What the authors of TSV-M and Iso-C average like vectors though it is a matrix."""
+
+
+def spectral(
+    name: str, step: str, as_vectors: Sequence[str] | None, combine: Callable[[Tensor], Tensor]
+) -> Method:
+    """A method that combines matrices ``(K, m, n) → (m, n)`` and averages everything else."""
+    patterns = TEXT_PROJECTION if as_vectors is None else tuple(as_vectors)
+
+    def apply(chunk: Chunk, _: None) -> Tensor:
+        matrices = as_matrices(chunk, patterns)
+        if matrices is None:
+            return chunk.stack.mean(0, keepdim=True)
+        if not chunk.stack.any():
+            return torch.zeros_like(chunk.stack[:1])
+        return combine(matrices).to(chunk.stack.dtype).reshape(1, -1)
+
+    return Method(name, reduce=Stage(step, apply, scope="tensor", keeps_tasks=False), weighted=False)
 
 
 def as_matrices(chunk: Chunk, vectors: Sequence[str]) -> Tensor | None:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from .registry import register
-from .spectral import as_matrices, leading, orthogonalise
-from .stage import Chunk, Method, Stage
-
-_TEXT_PROJECTION = ("*text_projection*",)
+from .spectral import leading, orthogonalise, spectral
+from .stage import Method
 
 
 @register("tsv_m", paper="Gargiulo et al., Task Singular Vectors, 2025, arXiv 2412.00081")
@@ -24,20 +22,12 @@ def tsv_m(as_vectors: list[str] | None = None) -> Method:
         as_vectors: patterns of matrices to average like vectors; by default ``*text_projection*``, as the
             authors do.
     """
-    patterns = _TEXT_PROJECTION if as_vectors is None else tuple(as_vectors)
+    return spectral("tsv_m", "decorrelate singular vectors", as_vectors, _decorrelate)
 
-    def apply(chunk: Chunk, _: None) -> Tensor:
-        matrices = as_matrices(chunk, patterns)
-        if matrices is None:
-            return chunk.stack.mean(0, keepdim=True)
-        if not chunk.stack.any():
-            return torch.zeros_like(chunk.stack[:1])
-        rank = max(1, min(matrices.shape[1:]) // len(matrices))
-        parts = [leading(matrix, rank) for matrix in matrices]
-        left = orthogonalise(torch.cat([part[0] for part in parts], 1))
-        right = orthogonalise(torch.cat([part[2] for part in parts], 0).T)
-        values = torch.cat([part[1] for part in parts])
-        return ((left * values) @ right.T).to(chunk.stack.dtype).reshape(1, -1)
 
-    stage = Stage("decorrelate singular vectors", apply, scope="tensor", keeps_tasks=False)
-    return Method("tsv_m", reduce=stage, weighted=False)
+def _decorrelate(matrices: Tensor) -> Tensor:
+    rank = max(1, min(matrices.shape[1:]) // len(matrices))
+    parts = [leading(matrix, rank) for matrix in matrices]
+    left = orthogonalise(torch.cat([part[0] for part in parts], 1))
+    right = orthogonalise(torch.cat([part[2] for part in parts], 0).T)
+    return (left * torch.cat([part[1] for part in parts])) @ right.T
