@@ -23,18 +23,24 @@ from torch import Tensor
 from adamerging.finetune import LabelledTexts, finetune_text, read_jsonl, text_logits, zero_shot_head
 
 TASKS = (
+    "sst2",
     "trec",
     "tweet_emotion",
+    "banking77",
+    "medical_abstracts",
+    "scicite",
     "clickbait",
     "stackoverflow_tags",
-    "banking77",
-    "sst2",
-    "scicite",
-    "medical_abstracts",
 )
 
-# Abstracts are long (median 160 words) and few, so they get longer inputs and more epochs.
-TRAINED: dict[str, dict[str, Any]] = {"medical_abstracts": {"max_length": 256, "epochs": 4, "batch_size": 16}}
+# The base's pooler gives small features (standard deviation 0.05), so the head needs large weights and a
+# high rate to reach them: at 1e-3 banking77 is at 72 % after two epochs, at 1e-2 above the 88 % wanted.
+TRAINED: dict[str, Any] = {"head_lr": 1e-2, "epochs": 2}
+# Abstracts are long (median 160 words) and few, tweets few: longer inputs and more epochs.
+TRAINED_PER_TASK: dict[str, dict[str, Any]] = {
+    "medical_abstracts": {"max_length": 128, "epochs": 4, "batch_size": 16},
+    "tweet_emotion": {"epochs": 3},
+}
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "trec": ("a question about {}",),
@@ -61,6 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="*", default=TASKS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--no-bf16", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="finetune_text options for all, as name=json")
     args = parser.parse_args()
@@ -69,7 +76,7 @@ def main() -> None:
     total = time.perf_counter()
     for task in args.tasks:
         out = args.out / args.suite / task
-        if out.exists():
+        if out.exists() and not args.overwrite:
             print(f"{task}: {out} exists, skipped", flush=True)
             continue
         folder = args.data / "text" / task
@@ -78,16 +85,14 @@ def main() -> None:
         options: dict[str, Any] = {"bf16": not args.no_bf16}
         head = None
         if args.suite == "text8":
-            options |= TRAINED.get(task, {})
+            options |= TRAINED | TRAINED_PER_TASK.get(task, {})
         else:
             readable = [label.replace("_", " ").replace("?", "") for label in labels]
             head = zero_shot_head(base, [[t.format(name) for t in TEMPLATES[task]] for name in readable])
             options |= {"epochs": 1.5, "max_examples": 2000, "body_lr": 1e-4}
-            if task == "medical_abstracts":
-                options |= {"max_length": 128}
         options |= {key: json.loads(value) for key, value in (item.split("=", 1) for item in args.set)}
         result = finetune_text(
-            base, train, val, out, labels=labels, frozen_head=head,
+            base, train, val, out, labels=labels, frozen_head=head, overwrite=args.overwrite,
             progress=lambda line, task=task: print(f"{task}: {line}", flush=True), **options,
         )  # fmt: skip
         length = options.get("max_length", 64)
