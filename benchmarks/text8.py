@@ -64,8 +64,8 @@ def make_task(suite: str, name: str, data: Path, folder: Path, limit: int):
     return replace(task, evaluate=None), replace(task, evaluate=first)
 
 
-def run_row(base: Path, experts: dict, pairs: list, settings: dict) -> dict:
-    """One row: learn, then score."""
+def run_row(base: Path, experts: dict, pairs: list, settings: dict, labelled: bool) -> dict:
+    """One row: learn, then score; on `val` labels too where a λ is chosen by them."""
     started = time.perf_counter()
     result = am.adapt(base, experts, [task for task, _ in pairs], **settings)
     seconds = time.perf_counter() - started
@@ -74,6 +74,7 @@ def run_row(base: Path, experts: dict, pairs: list, settings: dict) -> dict:
     val = {
         task.name: accuracy(modules[task.name], replace(task, evaluate=task.adapt)).accuracy
         for task, _ in pairs
+        if labelled
     }
     checks = [record for record in result.history if "check" in record]
     chosen = next(c for c in checks if c["step"] == result.record["step"])
@@ -147,7 +148,7 @@ def main() -> None:
         rows["experts"] = expert_scores(base, experts, pairs)
     for label in wanted:
         if label not in rows:
-            rows[label] = run_row(base, experts, pairs, ROWS[label])
+            rows[label] = run_row(base, experts, pairs, ROWS[label], label.startswith("task arithmetic"))
             out.write_text(json.dumps(rows, indent=1))
             print(table(rows).splitlines()[-1], flush=True)
     print(table(rows))
