@@ -97,8 +97,8 @@ def measure(args: argparse.Namespace) -> None:
     """The inner process: run steps, print one JSON line."""
     import torch
 
-    from adamerging.adaptation.session import open_session
     from adamerging.adaptation.loop import Loop, autocast
+    from adamerging.adaptation.session import open_session
     from adamerging.adaptation.state import State
     from adamerging.recipe import Settings
     from adamerging.stream import Workers
@@ -234,16 +234,14 @@ def table(args: argparse.Namespace) -> None:
             both = inner(args, sys.executable, Path(__file__), **one, what="both")
             ours = inner(args, sys.executable, Path(__file__), **one, what="adapt", runs=2)
             plain = inner(args, sys.executable, Path(__file__), **one, what="plain", runs=2)
-            row = [
-                kind, count, f"{both['seconds'][0]:.2f}", f"{both['seconds'][1]:.2f}", f"**{both['ratio']:.2f}**",
-                f"{ours['memory']:.0f}", f"{plain['memory']:.0f}",
-            ]  # fmt: skip
+            times = [f"{value:.2f}" for value in both["seconds"]]
+            memory = [f"{cell['memory']:.0f}" for cell in (ours, plain)]
+            row = [kind, count, *times, f"**{both['ratio']:.2f}**", *memory]
             if args.peer and count <= 16:
                 peer = inner(args, peer_python(), HERE / "adaptation_peer.py", **one, what="adapt")
-                row += [
-                    f"{peer['seconds'][0]:.2f}", f"{peer['memory']:.0f}",
-                    f"**{peer['seconds'][0] / both['seconds'][0]:.2f}**", f"**{peer['memory'] / ours['memory']:.2f}**",
-                ]  # fmt: skip
+                row += [f"{peer['seconds'][0]:.2f}", f"{peer['memory']:.0f}"]
+                row += [f"**{peer['seconds'][0] / both['seconds'][0]:.2f}**"]
+                row += [f"**{peer['memory'] / ours['memory']:.2f}**"]
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 

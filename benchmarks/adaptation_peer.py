@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from adaptation import Peak, arguments, make_models, model_config
 from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel, get_layer_wise_weights
+
+from adaptation import Peak, arguments, make_models, model_config
 
 
 def main() -> None:
