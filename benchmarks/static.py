@@ -101,6 +101,7 @@ class Bench:
         self.base, self.experts = make_models(folder)
         self.out = folder / "out"
         self.found: dict[tuple[str, str, int], list[Measured]] = {}
+        self.errors: dict[tuple[str, str], tuple[float, float]] = {}
 
     def command(self, tool: str, method: str, count: int) -> list[str]:
         experts = self.experts[:count]
@@ -142,24 +143,29 @@ class Bench:
             max(run.private for run in runs),
         )
 
+    def ratio(self, above: tuple[str, str], below: tuple[str, str], what: str) -> str:
+        """The median of the ratios within each round in which both ran: a machine may not stay as busy."""
+        pairs = zip(self.found.get((*above, 4), []), self.found.get((*below, 4), []), strict=False)
+        ratios = [getattr(one, what) / getattr(other, what) for one, other in pairs]
+        return f"{statistics.median(ratios):.2f}" if ratios else ""
+
     def time_table(self) -> str:
         """Four experts: wall and CPU seconds, and their ratios to the floor and to mergekit."""
-        floor = self.median(FLOOR, FLOOR)
         lines = [
-            "| | wall s | CPU s | private MB | wall ÷ floor | mergekit wall s | CPU s | private MB "
-            "| times faster (wall) | less CPU |",
+            "| | wall s | CPU s | private MB | wall ÷ floor | mergekit: wall s | CPU s | private MB "
+            "| mergekit ÷ ours: wall | CPU |",
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for method in (FLOOR, *OURS):
-            own = self.median(FLOOR if method == FLOOR else "adamerging", method)
-            peer = self.median("mergekit", method)
+            name = (FLOOR if method == FLOOR else "adamerging", method)
+            own, peer = self.median(*name), self.median("mergekit", method)
             if own is None:
                 continue
             cells = [f"{own.wall:.1f}", f"{own.cpu:.1f}", f"{own.private / 1e6:.0f}"]
-            cells.append(f"{own.wall / floor.wall:.2f}" if floor else "")
+            cells.append(self.ratio(name, (FLOOR, FLOOR), "wall"))
             if peer:
                 cells += [f"{peer.wall:.1f}", f"{peer.cpu:.1f}", f"{peer.private / 1e6:.0f}"]
-                cells += [f"{peer.wall / own.wall:.1f}×", f"{peer.cpu / own.cpu:.1f}×"]
+                cells += [self.ratio(("mergekit", method), name, what) for what in ("wall", "cpu")]
             else:
                 cells += [""] * 5
             lines.append(f"| {method.replace('_', ' ')} | " + " | ".join(cells) + " |")
@@ -177,22 +183,20 @@ class Bench:
                 lines.append(f"| {method.replace('_', ' ')} | {cells} |")
         return "\n".join(lines)
 
-    def accuracy_table(self, peer: bool) -> str:
+    def check(self, tool: str, method: str) -> None:
+        """Errors of what was just merged against float64."""
+        if method in SAME_READING and (tool, method) not in self.errors:
+            self.errors[tool, method] = static_accuracy.errors(method, self.base, self.experts[:4], self.out)
+
+    def accuracy_table(self) -> str:
         """Errors against float64, of ours and of mergekit's result."""
         lines = ["| | mean error | largest | mergekit's mean | largest |", "|---|--:|--:|--:|--:|"]
-        experts = self.experts[:4]
         for method, options in SAME_READING.items():
-            commands = [self.merge(options, experts)]
-            if peer:
-                commands.append(
-                    static_mergekit.command(self.environment, self.folder, method, self.base, experts)
-                )
-            cells: list[str] = []
-            for command in commands:
-                shutil.rmtree(self.out, ignore_errors=True)
-                measure(command, self.folder / "log.txt")
-                found = static_accuracy.errors(method, self.base, experts, self.out)
-                cells += [f"{value:.2e}" for value in found]
+            shutil.rmtree(self.out, ignore_errors=True)
+            measure(self.merge(options, self.experts[:4]), self.folder / "log.txt")
+            self.check("adamerging", method)
+            found = [self.errors.get((tool, method)) for tool in ("adamerging", "mergekit")]
+            cells = [f"{value:.2e}" for pair in found for value in pair or ()]
             lines.append(f"| {method} | " + " | ".join(cells + [""] * (4 - len(cells))) + " |")
         return "\n".join(lines)
 
@@ -234,6 +238,8 @@ def main() -> None:
                 bench.run(FLOOR if method == FLOOR else "adamerging", method, 4)
             if not args.no_peer and round_ < args.peer_runs and method in static_mergekit.METHODS:
                 bench.run("mergekit", method, 4)
+                if not args.no_accuracy:
+                    bench.check("mergekit", method)
     tables = [bench.time_table()]
     if not args.no_memory:
         for method in wanted:
@@ -241,7 +247,7 @@ def main() -> None:
                 bench.run("adamerging", method, 16)
         tables.append(bench.memory_table())
     if not args.no_accuracy:
-        tables.append(bench.accuracy_table(not args.no_peer))
+        tables.append(bench.accuracy_table())
     shutil.rmtree(bench.out, ignore_errors=True)
     print("", "; ".join(head) + ".", *tables, sep="\n\n")
 

@@ -20,7 +20,7 @@ from .stage import Chunk, Stream
 
 _SAMPLE = 1 << 16  # values of each row that the first bracket is guessed from, of one tensor
 _HELD = 1 << 20  # values in brackets, all together, that are held before they go into histograms
-_BINS = 1 << 22  # bins of all histograms together
+_BINS = 1 << 21  # bins of all histograms together
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _search(stream: Stream, searches: Sequence[_Search]) -> None:
         return {row: _bits_of_magnitudes(chunk.stack[row].to(stream.dtype)) for row in rows}
 
     if searches:
-        guesses = list(stream.sample(magnitudes, min(4 * _SAMPLE, max(_SAMPLE, stream.numel() // 64))))
+        guesses = list(stream.sample(magnitudes, min(2 * _SAMPLE, max(_SAMPLE, stream.numel() // 64))))
         for row in rows:
             sample = np.sort(np.concatenate([guess[row] for guess in guesses]))
             for search in (search for search in searches if search.row == row):
