@@ -58,7 +58,7 @@ class Scale:
     test: int = 400
     epochs: int = 3
     batch: int = 32
-    steps: int = 30  # of learning coefficients
+    steps: int = 20  # of learning coefficients
     body_lr: float = 1e-3
     head_lr: float = 3e-3
     seed: int = 0
@@ -314,7 +314,7 @@ STATIC = {
 
 # Coefficients learned on the unlabeled images. The paper takes 500 steps of 0.001; these are few and large
 # for the sake of the minutes a demo may take, chosen for that reason alone.
-HURRY = {"lr": 0.03}
+HURRY = {"lr": 0.03, "check_every": 20}
 LEARNED = {
     "AdaMerging, task": {"preset": "paper", "granularity": "task", **HURRY},
     "AdaMerging": {"preset": "paper", **HURRY},
