@@ -58,7 +58,7 @@ class Scale:
     test: int = 400
     epochs: int = 3
     batch: int = 32
-    steps: int = 20  # of learning coefficients
+    steps: int = 15  # of learning coefficients
     body_lr: float = 1e-3
     head_lr: float = 3e-3
     seed: int = 0
