@@ -23,7 +23,7 @@ from torch import Tensor
 from adamerging.errors import UsageError
 from adamerging.mergekit import PARAMETERS, is_mergekit, translate
 from adamerging.recipe import load_recipe
-from adamerging.run import execute, prepare_recipe, run_recipe
+from adamerging.run import execute, prepare_recipe
 
 DATA = Path(__file__).parent / "data"
 _spec = importlib.util.spec_from_file_location("make_mergekit_golden", DATA / "make_mergekit_golden.py")
@@ -289,7 +289,8 @@ def test_notes_and_recipe_reach_the_record(folder: Path, monkeypatch, tmp_path: 
     path = tmp_path / "elsewhere.yaml"
     config = golden.configuration("ties")
     path.write_text(yaml.safe_dump(config))
-    result = run_recipe(load_recipe(path, {"out": str(tmp_path / "merged")}))
+    recipe = load_recipe(path, {"out": str(tmp_path / "merged")})
+    result = execute(prepare_recipe(recipe), out=recipe.out)
     assert any("int8_mask" in note for note in result.record["plan"]["notes"])
     assert (tmp_path / "merged" / "run.json").exists()
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from adamerging import UsageError, load_recipe
-from adamerging.recipe import Recipe, Settings, make, make_recipe, override
+from adamerging.recipe import Recipe, Settings, make_recipe, override
+from adamerging.validation import make
 
 LEAST = {"base": "b", "experts": {"a": "x"}}
 

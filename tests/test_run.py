@@ -19,7 +19,7 @@ from torch import nn
 import adamerging as am
 from adamerging.output.tensors import TensorWriter
 from adamerging.recipe import make_recipe
-from adamerging.run import prepare_inspection, run_recipe
+from adamerging.run import execute, prepare_inspection, prepare_recipe
 from adamerging.weights import sha256_file
 from models import flat, nudge, save_bert, save_expert
 
@@ -338,7 +338,8 @@ def test_a_recipe_and_a_call_are_the_same(family: Path, tmp_path: Path) -> None:
     weighted = {
         name: {"path": path, "weight": float(i)} for i, (name, path) in enumerate(experts(family).items())
     }
-    run_recipe(make_recipe({**fields, "experts": weighted}))
+    recipe = make_recipe({**fields, "experts": weighted})
+    execute(prepare_recipe(recipe), out=recipe.out)
     weights = {name: float(i) for i, name in enumerate(EXPERTS)}
     body = am.merge(family / "base", experts(family), method="weighted", weights=weights).body
     found = load_file(tmp_path / "out" / "model.safetensors")

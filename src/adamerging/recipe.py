@@ -5,11 +5,10 @@ Every field has a flag of the same name at the command line and a keyword of the
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -17,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -26,9 +24,9 @@ from . import mergekit
 from .adaptation.settings import PRESETS, AdaptSettings
 from .errors import UsageError
 from .tasks.spec import TaskSpec, beside
+from .validation import make
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-M = TypeVar("M", bound=BaseModel)
 Allowance = Literal["unrelated", "nonfinite"]
 
 
@@ -266,37 +264,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UsageError(f"{path} must hold keys and values, such as 'base: path/to/base'")
     return fields
-
-
-def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
-    """Validate fields as a pydantic model; every problem in one `UsageError`.
-
-    Raises:
-        UsageError: names each field, the value found, what is wrong, and for unknown keys the nearest known.
-    """
-    try:
-        return model.model_validate(dict(fields))
-    except ValidationError as error:
-        raise UsageError(
-            f"{where}:\n" + "\n".join(f"  - {_explain(model, item)}" for item in error.errors())
-        ) from None
-
-
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        depth = len(problem["loc"])
-        nested: dict[str, type[BaseModel]] = {"experts": Expert, "tasks": TaskSpec, "adapt": AdaptSettings}
-        part = nested.get(problem["loc"][0], model) if depth > 1 else model
-        known = part.model_fields
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
-        return f"unknown key '{key}'" + (
-            f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-        )
-    if problem["type"] == "missing":
-        return f"'{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} (={problem['input']!r}): {message}" if key else message
 
 
 def _beside(recipe: Path, value: str) -> str:

@@ -23,10 +23,11 @@ from .output.companions import companions, is_tokenizer, with_dtype
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import TensorWriter, index_json, sharded, write_tensors
 from .plan import Plan, make_plan
-from .recipe import Recipe, Settings, make
+from .recipe import Recipe, Settings
 from .relatedness import UNRELATED, Relatedness, relatedness
 from .stream import Pipeline, Workers
 from .task_vectors import TaskVectors
+from .validation import make
 from .vocabulary import Vocabulary, extra, settle
 from .weights import Fingerprint, Spec, Weights, open_weights, sha256_file
 
@@ -127,17 +128,6 @@ def merge(
     """
     prepared = prepare(base, experts, make(Settings, settings, "settings of merge"))
     return execute(prepared, out=out, overwrite=overwrite, progress=progress)
-
-
-def run_recipe(recipe: Recipe, *, progress: Progress | None = None) -> MergeResult:
-    """Merge as a recipe says that has no `adapt` section. Raises as `merge`."""
-    if recipe.adapt is not None:
-        raise UsageError("this recipe learns its coefficients: run it with adamerging merge, or am.adapt")
-    if recipe.tasks:
-        from .adaptation.static import merge_recipe_with_tasks
-
-        return merge_recipe_with_tasks(recipe, progress=progress)
-    return execute(prepare_recipe(recipe), out=recipe.out, overwrite=recipe.overwrite, progress=progress)
 
 
 def prepare_recipe(recipe: Recipe) -> Prepared:

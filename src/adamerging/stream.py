@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .allocator import keep_freed_memory
 from .errors import UsageError
 from .methods.stage import REDUCED, SCOPES, Chunk, Scope, Stage, row_size, run_stages
 from .plan import Entry
@@ -38,6 +39,7 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None) -> None:
+        keep_freed_memory()
         self.count = count or torch.get_num_threads()
         self._threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.count, "merge", initializer=torch.set_num_threads, initargs=(1,))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from adamerging.errors import UsageError
-from adamerging.recipe import make
 from adamerging.tasks import TaskSpec, make_task, make_tasks
+from adamerging.validation import make
 from adamerging.weights import Weights, open_weights
 from models import save_expert
 from tiny_tasks import save_adapter, save_encoder_expert, save_text_base, save_vit, save_vit_expert

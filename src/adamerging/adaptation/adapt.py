@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from ..recipe import Recipe, Settings, make
+from ..recipe import Recipe, Settings
 from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
 from ..tasks.data import refuse_overlap
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
+from ..validation import make
 from .batchnorm import batchnorm_layers
 from .body import Body
 from .coefficients import Layout, table

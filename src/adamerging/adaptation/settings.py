@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UsageError
+from ..validation import make
 
 Granularity = Literal["task", "block", "tensor", "row"]
 
@@ -131,8 +132,6 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     Raises:
         UsageError: unknown preset, unknown or unreadable fields.
     """
-    from ..recipe import make
-
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")

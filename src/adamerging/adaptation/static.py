@@ -10,21 +10,18 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..recipe import Recipe
 from ..run import (
     MergeResult,
     Prepared,
     Progress,
     check_out,
     execute,
-    prepare_recipe,
     run_record,
     statistics_warning,
 )
 from ..stream import Workers
 from ..tasks.task import Task
 from ..weights import sha256_file
-from .adapt import tasks_of
 from .body import Body
 from .loop import estimate_statistics
 from .scoring import average_into, score
@@ -33,17 +30,6 @@ from .settings import resolve
 from .write import write_model, write_record
 
 _ROUNDS = 16
-
-
-def merge_recipe_with_tasks(
-    recipe: Recipe, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
-) -> MergeResult:
-    """Merge as a recipe with `tasks` but without `adapt` says. Raises as `merge_with_tasks`."""
-    prepared = prepare_recipe(recipe)
-    return merge_with_tasks(
-        prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
-        transductive=recipe.transductive, progress=progress, say=say,
-    )  # fmt: skip
 
 
 def merge_with_tasks(

@@ -1,5 +1,5 @@
 """The command line: parse, call, print. Nothing else in the package imports it."""
 
-from .app import app, main
+from .app import app, main, program
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "program"]

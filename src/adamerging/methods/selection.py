@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ def keep(values: Tensor, top: Top, start: int, out: Tensor | None = None) -> Ten
     return out
 
 
+@lru_cache(maxsize=256)
 def _just_below(threshold: float, dtype: torch.dtype) -> float:
     """The largest number of this dtype that is smaller than the threshold (0 for 0)."""
     near = torch.tensor(threshold, dtype=dtype)

@@ -45,7 +45,12 @@ def disjoint(reduction: Reduction) -> Stage:
         total = weights @ stack
         if reduction == "mean":
             present = weights @ stack.sign().abs_()
-            total.div_(present.masked_fill_(present == 0, 1))
+            least = float(weights.min())
+            if least > 0:
+                present.clamp_min_(least)  # what is present weighs no less; where nothing is, 0 / least = 0
+            else:
+                present.masked_fill_(present == 0, 1)
+            total.div_(present)
         elif reduction == "max":
             total = (stack * weights[:, None]).abs_().amax(0).mul_(total.sign_())
         return total.unsqueeze(0)
