@@ -14,7 +14,8 @@ def contrast(image: Pixels, left: float, generator: np.random.Generator) -> Pixe
     del generator
     values = image / 255.0
     means = values.mean(axis=(0, 1), keepdims=True)
-    return (((values - means) * left + means).clip(0, 1) * 255).astype(np.uint8)
+    result: Pixels = (((values - means) * left + means).clip(0, 1) * 255).astype(np.uint8)
+    return result
 
 
 def pixelate(image: Pixels, side: float, generator: np.random.Generator) -> Pixels:

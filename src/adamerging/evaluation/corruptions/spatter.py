@@ -52,7 +52,8 @@ def spatter(
         colour = (_GREY * colour).sum()
     if kind == "mud":
         values *= 1 - cover
-    return ((values + cover * colour).clip(0, 1) * 255).astype(np.uint8)
+    result: Pixels = ((values + cover * colour).clip(0, 1) * 255).astype(np.uint8)
+    return result
 
 
 def _shine(drops: Pixels, filters: Any) -> np.ndarray[Any, Any]:
@@ -65,7 +66,7 @@ def _shine(drops: Pixels, filters: Any) -> np.ndarray[Any, Any]:
     levels = filters.uniform_filter(distance, 3, mode="mirror").astype(np.uint8)
     relief = filters.correlate(_equalised(levels).astype(np.float32), _RELIEF, mode="mirror").clip(0, 255)
     relief = np.rint(filters.uniform_filter(relief, 3, mode="mirror"))
-    bright = (drops * relief).astype(np.float32)
+    bright: np.ndarray[Any, Any] = (drops * relief).astype(np.float32)
     return bright / max(float(bright.max()), 1.0)
 
 
@@ -77,7 +78,8 @@ def _equalised(levels: Pixels) -> Pixels:
     if not rest:
         return levels
     above = counts.cumsum() - counts[lowest]
-    return np.rint(above.clip(0) * (255 / rest)).astype(np.uint8)[levels]
+    spread: Pixels = np.rint(above.clip(0) * (255 / rest)).astype(np.uint8)
+    return spread[levels]
 
 
 def _scipy() -> Any:
