@@ -122,7 +122,7 @@ def held_out_data(task: Task, expert: Weights, base: Weights) -> UnseenData:
             "fitted on labelled data. Give labels to its adaptation data (they are used for this alone)"
         )
     names = task.label_names
-    train, evaluate, classes = _numbered(f"task '{task.name}'", train, task.evaluate, head, names)
+    train, evaluate, classes = _numbered(task.name, train, task.evaluate, head, names)
     kind = str(task.settings.get("kind", "module"))
     own = task.collate if kind == "module" else None
     return UnseenData(task.name, evaluate, train, head, names, classes, kind=kind, collate=own)
@@ -168,7 +168,8 @@ def fit_head(
         batch_size: samples a forward pass.
 
     Raises:
-        UsageError: a class to be scored has no labelled sample, or the fixed head has not the features' width.
+        UsageError: a class to be scored has no labelled sample, or the fixed head is not as wide as the
+            features.
         MissingExtraError: scikit-learn is not installed.
     """
     if data.head is not None:
@@ -206,7 +207,7 @@ def fit_head(
 
 
 def unseen_task(data: UnseenData, head: LinearHead, host: Host) -> Task:
-    """The task as one to score, on the host's module: ``accuracy(module, unseen_task(...))``.
+    """The task as one to score with the host's module, as `scores.accuracy` does.
 
     The module may hold any body; the head is the one fitted on the base.
     """
@@ -281,13 +282,13 @@ def _read(name: str, spec: UnseenSpec, like: Task, folder: Path | None) -> Unsee
         )
     if names is None and train is not None and isinstance(train.labels, NamedLabels):
         names = sorted(set(train.labels.names))
-    train, evaluate, classes = _numbered(where, train, evaluate, weight, names)
+    train, evaluate, classes = _numbered(name, train, evaluate, weight, names)
     collate = named(spec.collate)
     return UnseenData(name, evaluate, train, weight, names, classes, like.name, kind, collate)
 
 
 def _numbered(
-    where: str, train: Samples | None, evaluate: Samples, head: Tensor | None, names: Sequence[str] | None
+    name: str, train: Samples | None, evaluate: Samples, head: Tensor | None, names: Sequence[str] | None
 ) -> tuple[Samples | None, Samples, int]:
     """Both splits with class numbers of their own, and how many classes there are; see `settle`."""
     splits = [
@@ -296,8 +297,7 @@ def _numbered(
     ]
     highest = max(max(samples.labels) for samples in splits if samples is not None and samples.labels)
     classes = len(head) if head is not None else len(names) if names is not None else highest + 1
-    settle(where.removeprefix("task ").strip("'"), None, splits[1], classes, names)
-    settle(where.removeprefix("task ").strip("'"), splits[0], None, classes, names)
+    settle(name, splits[0], splits[1], classes, names)
     assert splits[1] is not None
     return splits[0], splits[1], classes
 
