@@ -41,9 +41,7 @@ def may_be_picture(value: Any) -> bool:
     """Whether an input looks like an image, without opening it; floats must lie in [0, 1]."""
     if isinstance(value, str | Path):
         return Path(value).suffix.lower() in IMAGE_SUFFIXES and Path(value).is_file()
-    if isinstance(value, Mapping):
-        return isinstance(value.get("bytes"), bytes)
-    if type(value).__module__.startswith("PIL."):
+    if _is_encoded(value) or type(value).__module__.startswith("PIL."):
         return True
     return hasattr(value, "shape") and hasattr(value, "dtype") and not _problem(as_array(value))
 
@@ -61,7 +59,7 @@ def open_picture(value: Any, where: str) -> Picture:
         UsageError: it is no such image.
         MissingExtraError: Pillow is needed and not installed.
     """
-    if isinstance(value, str | Path | Mapping) or type(value).__module__.startswith("PIL."):
+    if isinstance(value, str | Path) or _is_encoded(value) or type(value).__module__.startswith("PIL."):
         return Picture(_reduced(np.array(open_image(value))), lambda pixels: pillow().fromarray(pixels))
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise UsageError(f"{where} is a {type(value).__name__}, not an image")
@@ -104,6 +102,10 @@ def pillow() -> Any:
     except ImportError:
         raise MissingExtraError("pillow", "evaluate", "corrupting images") from None
     return Image
+
+
+def _is_encoded(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes)
 
 
 def _problem(array: np.ndarray[Any, Any]) -> str:
