@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV) (once; a few minutes) ..."
 	@$(PIP) install $(TORCH)
-	@$(PIP) install -c constraints.txt -e ".[dev,demo,docs,data,lora,plots]"
+	@$(PIP) install -c constraints.txt -e ".[dev,demo,docs,data,evaluate,lora,plots]"
 	@touch $@
 
 demo: $(STAMP) ## build real experts, merge them, print base, experts and merged side by side

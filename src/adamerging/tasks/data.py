@@ -148,12 +148,7 @@ def refuse_overlap(tasks: Iterable[Task], *, transductive: bool = False) -> None
     for task in tasks:
         if task.adapt is None or task.evaluate is None:
             continue
-        if task.adapt.fingerprint == task.evaluate.fingerprint:
-            shared = len(task.evaluate)
-        else:
-            seen = {sample_digest(value) for value in task.adapt.inputs}
-            shared = sum(sample_digest(value) in seen for value in task.evaluate.inputs)
-        if shared:
+        if shared := count_shared(task.evaluate, task.adapt):
             problems.append(
                 f"task '{task.name}': {shared} of {len(task.evaluate)} evaluation samples "
                 f"({task.evaluate.source}) are also adaptation samples ({task.adapt.source})"
@@ -164,6 +159,14 @@ def refuse_overlap(tasks: Iterable[Task], *, transductive: bool = False) -> None
             + "\n".join(f"  - {problem}" for problem in problems)
             + "\nGive disjoint splits, or say that scores on adaptation data are meant: transductive: true"
         )
+
+
+def count_shared(samples: Samples, others: Samples) -> int:
+    """How many of some samples are also among others, by the content of their inputs."""
+    if samples.fingerprint == others.fingerprint:
+        return len(samples)
+    seen = {sample_digest(value) for value in others.inputs}
+    return sum(sample_digest(value) in seen for value in samples.inputs)
 
 
 def sample_digest(value: Any) -> bytes:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import MissingExtraError, UsageError
+from ..errors import UsageError
 from ..weights.source import Weights
-from .data import Fields, as_array, read_task_data
+from .data import Fields, read_task_data
 from .huggingface import classifier, load_from, processor_folder
 from .labels import class_names, settle
+from .pictures import open_image
 from .task import Inputs, Task
 
 
@@ -99,7 +99,7 @@ class _Pixels:
                 f"task '{self.task}' has no image processor yet: it comes with the expert. Build the model "
                 "first (task.skeleton), or pass processor="
             )
-        return {"pixel_values": self._process([_open(value, self._mode) for value in inputs])}
+        return {"pixel_values": self._process([open_image(value, self._mode) for value in inputs])}
 
 
 def _by(processor: Any) -> Callable[[list[Any]], Tensor]:
@@ -120,37 +120,6 @@ def _plain(config: Any) -> Callable[[list[Any]], Tensor]:
         return torch.stack(planes).float() / 127.5 - 1.0
 
     return process
-
-
-def _open(value: Any, mode: str) -> Any:
-    """A PIL image of the wanted mode from an array, a file, encoded bytes, or a PIL image."""
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingExtraError("pillow", "data", "preparing images") from None
-    if isinstance(value, Mapping):
-        value = io.BytesIO(value["bytes"])
-    if isinstance(value, str | Path | io.BytesIO):
-        try:
-            with Image.open(value) as opened:
-                return opened.convert(mode)
-        except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(
-                f"{value if not isinstance(value, io.BytesIO) else 'an image'} cannot be opened: {error}"
-            ) from None
-    if isinstance(value, Image.Image):
-        return value.convert(mode)
-    return Image.fromarray(_height_width_channels(as_array(value))).convert(mode)
-
-
-def _height_width_channels(array: Any) -> Any:
-    if array.ndim == 2:
-        return array
-    if array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = np.ascontiguousarray(array.transpose(1, 2, 0))
-    if array.shape[-1] not in (1, 3, 4):
-        raise UsageError(f"an image of shape {list(array.shape)} has neither 1, 3 nor 4 channels")
-    return array[:, :, 0] if array.shape[-1] == 1 else array
 
 
 def _is_path(value: Any) -> bool:

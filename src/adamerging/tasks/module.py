@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, WeightsError
 from ..weights.source import Weights
+from .capture import inputs_of
 from .data import Fields, as_array, read_task_data
 from .huggingface import is_partial, low_rank_change
 from .labels import settle
@@ -29,6 +30,7 @@ def module_task(
     input_field: str | None = None,
     label_field: str | None = None,
     label_names: Sequence[str] | None = None,
+    feature_module: str | None = None,
 ) -> Task:
     """A task for a model of any kind.
 
@@ -46,6 +48,8 @@ def module_task(
         input_field: column (or npz array) of the inputs; guessed from common names.
         label_field: column of the label; guessed.
         label_names: class names by number.
+        feature_module: name of the submodule whose input are the features that unseen tasks are probed on;
+            the head's where the plan knows one, else that of the last linear layer.
 
     Raises:
         UsageError: the data cannot be what it is given as, or ``model`` is neither module nor callable.
@@ -101,6 +105,7 @@ def module_task(
         evaluate=labelled,
         label_names=label_names,
         settings={"kind": "module", "model": _name_of(model)},
+        features=None if feature_module is None else _before(name, feature_module, call),
     )
 
 
@@ -154,6 +159,29 @@ def _fill(module: nn.Module, expert: Weights, base: Weights) -> None:
         shown = "\n".join(f"  - {name}" for name in missing[:20])
         raise WeightsError(f"{expert.label} does not fill the model; missing or of another shape:\n{shown}")
     module.load_state_dict(values)
+
+
+def _before(
+    task: str, submodule: str, call: Callable[[nn.Module, Inputs], Any]
+) -> Callable[[nn.Module, Inputs], Tensor]:
+    """What goes into a submodule, by its name."""
+
+    def features(module: nn.Module, inputs: Inputs) -> Tensor:
+        parts = dict(module.named_modules())
+        if submodule not in parts:
+            raise UsageError(
+                f"task '{task}': the model has no submodule {submodule!r}, which feature_module names; "
+                f"it has {', '.join(list(parts)[1:])}"
+            )
+        with inputs_of([parts[submodule]]) as seen:
+            call(module, inputs)
+        if not seen:
+            raise UsageError(
+                f"task '{task}': the submodule {submodule!r}, which feature_module names, does not run"
+            )
+        return seen[0]
+
+    return features
 
 
 def _name_of(model: Any) -> str:

@@ -24,7 +24,7 @@ _USES: Mapping[str, tuple[str, ...]] = {
     "text": ("max_length", "pair_field", "tokenizer"),
     "text_embedding": ("max_length", "tokenizer", "head"),
     "image": ("processor",),
-    "module": ("model", "head", "collate", "forward"),
+    "module": ("model", "head", "collate", "forward", "feature_module"),
 }
 
 
@@ -91,7 +91,7 @@ def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder:
     return module_task(
         name, adapt, evaluate, model=named(spec.model), head=named(spec.head), collate=named(spec.collate),
         forward=named(spec.forward), input_field=spec.input_field, label_field=spec.label_field,
-        label_names=spec.label_names,
+        label_names=spec.label_names, feature_module=spec.feature_module,
     )  # fmt: skip
 
 

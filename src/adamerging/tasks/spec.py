@@ -39,6 +39,11 @@ class TaskSpec(BaseModel):
     forward: str | None = Field(
         None, description="Kind module: (module, batch) → output, package.module:name."
     )
+    feature_module: str | None = Field(
+        None,
+        description="Kind module: the submodule whose input are the features that unseen tasks are probed "
+        "on; found when unset.",
+    )
 
 
 def beside(folder: Path | None, value: str | None) -> str | None:

@@ -52,6 +52,10 @@ class Task:
         label_names: names of the classes, where known.
         settings: how the task was made (its kind and options), as plain data for the record of a run;
             complete once a skeleton was made.
+        features: ``(module, inputs) → (B, F)``, what the body makes of inputs before any head; None where
+            it is what goes into the head (see `adamerging.evaluation.features`).
+        fixed_head: ``(expert, base) → (C, F)``, the linear head over `features` where it is one that no
+            expert was trained to have, as in zero-shot classification; None where heads are trained.
     """
 
     name: str
@@ -63,3 +67,5 @@ class Task:
     costs: Callable[[Samples], Sequence[int]] | None = None
     label_names: Sequence[str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    features: Callable[[nn.Module, Inputs], Tensor] | None = None
+    fixed_head: Callable[[Weights, Weights], Tensor] | None = None

@@ -118,9 +118,12 @@ def embedding_text_task(
     settings = _settings("text_embedding", max_length, fields)
     state = _Embedding()
 
+    def own_head(expert: Weights) -> tuple[Tensor, list[str] | None]:
+        return read_head(head if head is not None else _head_file(expert, name))
+
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
         module = encoder(expert, base)
-        weight, stated = read_head(head if head is not None else _head_file(expert, name))
+        weight, stated = own_head(expert)
         width = int(module.config.hidden_size)  # type: ignore[union-attr, arg-type]
         if weight.shape[1] != width:
             raise UsageError(f"task '{name}': the head is {weight.shape[1]} wide, the encoder {width}")
@@ -140,6 +143,8 @@ def embedding_text_task(
         costs=texts.costs,
         label_names=label_names,
         settings=settings,
+        features=state.embedding,
+        fixed_head=lambda expert, _: own_head(expert)[0],
     )
 
 
@@ -265,12 +270,17 @@ class _Embedding:
 
     def logits(self, module: nn.Module, inputs: Inputs) -> Tensor:
         assert self.head is not None, "the skeleton comes first"
+        embedding = self.embedding(module, inputs)
+        # bf16 would round logits of 30 to steps of an eighth
+        with torch.autocast(embedding.device.type, enabled=False):
+            return embedding @ self.head.to(embedding).T
+
+    def embedding(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """Pooled and of length one, ``(B, F)``."""
         hidden = module(**inputs).last_hidden_state
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        # bf16 would round logits of 30 to steps of an eighth
         with torch.autocast(hidden.device.type, enabled=False):
-            embedding = _pool(hidden, inputs["attention_mask"], self.pooling)
-            return embedding @ self.head.to(hidden).T
+            return _pool(hidden, inputs["attention_mask"], self.pooling)
 
 
 def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
