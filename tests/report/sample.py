@@ -200,14 +200,13 @@ def _confusion(rng, count, kept):
     shown = min(count, 20)
 
     def counts(right):
-        matrix = rng.multinomial(30, [1 / shown] * shown, size=shown) * (rng.random((shown, shown)) < 0.2)
+        matrix = rng.poisson(60 * (1 - right) / shown, (shown, shown)) * (1 + 5 * (rng.random((shown, shown)) < 0.15))
         np.fill_diagonal(matrix, 0)
-        matrix = (matrix * (1 - right) * 4).astype(int)
         np.fill_diagonal(matrix, np.maximum(5, 60 - matrix.sum(1)))
         return matrix.tolist()
 
     names = labels(shown) if count <= 20 else [*labels(19), f"{count - 19} other classes"]
-    return {"labels": names, "merged": counts(kept), "expert": counts(0.97), "classes": count}
+    return {"labels": names, "merged": counts(kept - 0.1), "expert": counts(0.95), "classes": count}
 
 
 def _geometry(rng, tasks):

@@ -167,11 +167,32 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], gap: fl
 
 def heat(axes: Any, values: Any, low: float, high: float) -> Any:
     """Cells of a matrix as colours, exact and small in a vector file."""
+    return _cells(axes, values, low, high, SEQUENTIAL)
+
+
+def tint(axes: Any, values: Any, low: float, high: float, form: str | None = None) -> Any:
+    """Cells as depths of one colour that lets the page shine through, light or dark; numbers if ``form``."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    clear = LinearSegmentedColormap.from_list("tint", [(*to_rgb(SERIES[0]), 0.02), (*to_rgb(SERIES[0]), 0.62)])
+    for i, row in enumerate(values) if form is not None else ():
+        for j, value in enumerate(row):
+            if value is not None and form is not None:
+                axes.text(j, i, form.format(value), ha="center", va="center", fontsize=7)
+    axes.set_xticks([x + 0.5 for x in range(len(values[0]) - 1)], minor=True)
+    axes.set_yticks([y + 0.5 for y in range(len(values) - 1)], minor=True)
+    axes.grid(which="minor", color=PAPER, lw=1)
+    axes.tick_params(which="minor", length=0)
+    return _cells(axes, values, low, high, clear)
+
+
+def _cells(axes: Any, values: Any, low: float, high: float, colors: Any) -> Any:
     import numpy as np
 
+    known = [[float("nan") if value is None else value for value in row] for row in values]
     return axes.imshow(
-        np.ma.masked_invalid(np.asarray(values, dtype=float)), aspect="auto", interpolation="none",
-        vmin=low, vmax=high if high > low else low + 1, cmap=SEQUENTIAL,
+        np.ma.masked_invalid(np.asarray(known, dtype=float)), aspect="auto", interpolation="none",
+        vmin=low, vmax=high if high > low else low + 1, cmap=colors, zorder=0,
     )  # fmt: skip
 
 
@@ -179,7 +200,7 @@ def write_cells(axes: Any, values: Sequence[Sequence[float | None]], low: float,
     """The numbers in the cells of `heat`, dark on light and light on dark."""
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            if value is not None and value == value:
+            if value is not None:
                 dark = (value - low) / ((high - low) or 1) < 0.55
                 axes.text(
                     j, i, form.format(value), ha="center", va="center", fontsize=7,
@@ -195,9 +216,7 @@ def named_axis(axis: Any, names: Sequence[str], most: int = 40) -> None:
 
 def percents(axis: Any) -> None:
     """Shares as percentages along an axis."""
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1.0, decimals=None, symbol=" %"))
+    axis.set_major_formatter(lambda value, _: f"{round(100 * value, 6):g} %")
 
 
 def _rows(axes: Any) -> int:

@@ -12,6 +12,7 @@ from .aggregate import (
     experts_row,
     mean_accuracy,
     normalised,
+    normalised_interval,
     scores_of,
     seed_groups,
     spread,
@@ -71,6 +72,14 @@ class Line:
     def mean(self, tasks: Sequence[str] | None = None, *, unseen: bool = False) -> Spread | None:
         """Mean accuracy over the tasks, over seeds."""
         return spread(mean_accuracy(row, tasks=tasks, unseen=unseen) for row in self.rows)
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of what is kept, from the size of the test data; its ends are means over seeds."""
+        ends = [normalised_interval(row) for row in self.rows]
+        known = [end for end in ends if end is not None]
+        if not known or len(known) < len(ends):
+            return None
+        return sum(low for low, _ in known) / len(known), sum(high for _, high in known) / len(known)
 
     def kept(self, tasks: Sequence[str] | None = None) -> Spread | None:
         """Normalised accuracy over seeds."""

@@ -16,6 +16,7 @@ from ..evaluation.records import FORMAT, Comparison, Row
 
 RECORD = "comparison.json"
 ROWS = "rows"
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufffe\uffff"
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,17 @@ def shown(path: str | Path) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without lone surrogates and control characters, which neither UTF-8 nor XML can hold."""
+    """Text that every file can hold and that shows what it is.
+
+    Lone surrogates and control characters, which UTF-8 or XML cannot hold, and marks that turn the direction of
+    the text after them become escapes.
+    """
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(
-        c if unicodedata.category(c) != "Cc" or c in "\n\t" else f"\\x{ord(c):02x}" for c in text
-    ).translate({0xFFFE: "\\ufffe", 0xFFFF: "\\uffff"})
+    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _hidden(c) else c for c in text)
+
+
+def _hidden(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" or character in _DIRECTIONS
 
 
 def _identity(row: Row) -> tuple[str, int | None, str | None]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from .document import Cell, Chart, Column, Table, written
+from markupsafe import Markup
+
+from .document import Cell, Chart, Column, Table, short, written
 from .drawing import inline, require_matplotlib, styled, svg
 from .lines import MARKS, Line
 from .load import Run
@@ -137,6 +140,12 @@ def _others(view: View) -> list[Table]:
     return [Table("Every score on clean data, with 95 % bootstrap intervals of accuracy", columns, rows)] if rows else []
 
 
+def _breakable(name: str) -> Markup:
+    """A name that may break after its joints, and is cut where it has none for long."""
+    parts = re.split(r"(?<=[_\-./: ])", short(name, 48))
+    return Markup("<wbr>").join(part if len(part) <= 20 else short(part, 20) for part in parts)
+
+
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -148,6 +157,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["written"] = written
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.j2")
 
 

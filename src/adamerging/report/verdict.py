@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .aggregate import EXPERTS, Spread, normalised_interval
+from .aggregate import EXPERTS, Spread
 from .document import duration, listed, percent, size
 from .lines import MARKS, Line
 from .view import View
@@ -20,12 +20,14 @@ class Verdict:
         sentences: what stands behind it.
         figures: (number, what it is) of the few numbers that matter.
         cautions: (about what, sentence) of what a reader must know before trusting it.
+        status: the same of a run that is not whole, which stands above everything else.
     """
 
     headline: str
     sentences: tuple[str, ...]
     figures: tuple[tuple[str, str], ...]
     cautions: tuple[tuple[str, str], ...]
+    status: tuple[str, str] | None = None
 
 
 def verdict(view: View) -> Verdict:
@@ -33,7 +35,7 @@ def verdict(view: View) -> Verdict:
     cautions = tuple(_cautions(view))
     winner = view.winner
     if winner is None:
-        return Verdict("There is no merged model with scores in this run.", (), (), cautions)
+        return Verdict("There is no merged model with scores in this run.", (), (), cautions, _status(view))
     mean, kept = winner.mean(view.tasks), winner.kept(view.tasks)
     assert mean is not None
     figures = [(percent(mean.mean), "mean accuracy")]
@@ -48,7 +50,7 @@ def verdict(view: View) -> Verdict:
     row = winner.rows[0]
     if row.seconds is not None:
         figures.append((duration(row.seconds), "to make it"))
-    return Verdict(headline, tuple(_sentences(view, winner)), tuple(figures), cautions)
+    return Verdict(headline, tuple(_sentences(view, winner)), tuple(figures), cautions, _status(view))
 
 
 def _sentences(view: View, winner: Line) -> Iterator[str]:
@@ -64,11 +66,11 @@ def _sentences(view: View, winner: Line) -> Iterator[str]:
     count = len(view.tasks)
     text = f"Over {count} task{'s' * (count != 1)} its mean accuracy is {percent(mean.mean)}{_seeds(mean)}"
     yield text + (f"; {', '.join(others)}." if others else ".")
-    interval = normalised_interval(winner.rows[0])
+    interval = winner.interval()
     if kept is not None and interval is not None:
         yield (
             f"The 95 % interval of the share that is kept is {100 * interval[0]:.1f} to {percent(interval[1])}, from the size "
-            f"of the test data{' (first seed)' if len(winner.rows) > 1 else ''}."
+            "of the test data."
         )
     worst = _worst(view, winner)
     if worst is not None:
@@ -97,7 +99,7 @@ def _second(view: View, winner: Line) -> str | None:
     rest.sort(key=lambda line: -(found.mean if (found := line.kept(view.tasks)) else -1.0))
     ours = winner.kept(view.tasks)
     theirs = rest[0].kept(view.tasks) if rest else None
-    interval = normalised_interval(winner.rows[0])
+    interval = winner.interval()
     if ours is None or theirs is None:
         return None
     text = f"Next comes {rest[0].label} with {percent(theirs.mean)}"
@@ -119,27 +121,28 @@ def _seeds(found: Spread) -> str:
     return f" (± {100 * found.std:.1f} over {found.count} seeds)" if found.std is not None else ""
 
 
+def _status(view: View) -> tuple[str, str] | None:
+    planned, there = view.comparison.planned, len(view.run.rows)
+    rows = f"{there} of {planned} rows" if planned else f"{there} rows"
+    if not view.comparison.complete:
+        return "This run is not finished", f"{rows} are there, and the report shows those alone. The same command goes on."
+    if view.run.missing:
+        return "Rows are missing", f"{rows} are there, though the run was finished."
+    return None
+
+
 def _cautions(view: View) -> Iterator[tuple[str, str]]:
-    comparison, run = view.comparison, view.run
-    if not comparison.complete:
-        rows = f"{len(run.rows)} of {comparison.planned} rows" if comparison.planned else f"{len(run.rows)} rows"
-        yield (
-            "This run is not finished",
-            f"{rows} are there; the report shows those and nothing else. The same command goes on where it stopped.",
-        )
-    elif run.missing and not run.problems:
-        yield "Rows are missing", f"{len(run.rows)} of {comparison.planned} rows are there, though the run was finished."
+    run = view.run
     for problem in run.problems:
         yield "A record file is damaged", problem
-    said: dict[str, list[str]] = {}
+    said: dict[tuple[str, str], list[str]] = {}
     for row in run.rows:
-        name = row.label if row.seed is None else f"{row.label}, seed {row.seed}"
-        if row.failed is not None:
-            said.setdefault(f"failed: {row.failed}", []).append(name)
-        for text in row.warnings:
-            said.setdefault(text, []).append(name)
-    for text, names in said.items():
-        yield listed(names, 3), text
+        texts = [*row.warnings, *([f"failed: {row.failed}"] if row.failed is not None else [])]
+        for text in texts:
+            seeds = said.setdefault((row.label, text), [])
+            seeds.extend([] if row.seed is None else [str(row.seed)])
+    for (label, text), seeds in said.items():
+        yield (f"{label} (seed {listed(list(dict.fromkeys(seeds)))})" if seeds else label), text
     for mark in ("oracle", "labelled", "transductive"):
         marked = [line.label for line in view.lines if mark in line.marks]
         if marked:

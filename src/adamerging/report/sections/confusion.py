@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..document import Chart, Column, Section, Table
-from ..drawing import figure, heat, named_axis, write_cells
+from ..document import Chart, Column, Section, Table, short
+from ..drawing import figure, named_axis, tint
 from ..lines import Line
 from ..view import View
 
@@ -65,7 +65,8 @@ def _most(own: Mapping[str, Any]) -> str:
         return "no confusion that the expert does not have"
     i, j = pairs[0]
     names = own["labels"]
-    return f"“{names[i]}” taken for “{names[j]}” {own['merged'][i][j]} times, by the expert {own['expert'][i][j]}"
+    times = f"{own['merged'][i][j]} times, {own['expert'][i][j]} by the expert"
+    return f"“{short(names[i])}” taken for “{short(names[j])}” {times}"
 
 
 def _table(task: str, own: Mapping[str, Any]) -> Table:
@@ -88,18 +89,19 @@ def _shares(counts: Counts) -> list[list[float]]:
 
 
 def _draw(label: str, own: Mapping[str, Any]) -> Any:
+    from matplotlib.colors import PowerNorm
+
     names = own["labels"]
-    made, grid = figure(max(2.2, 1.2 + 0.17 * len(names)), 1, 2, sharey=True)
+    made, grid = figure(max(1.9, 1.2 + 0.17 * len(names)), 1, 2, sharey=True)
     for axes, title, counts in ((grid[0], label, own["merged"]), (grid[1], "its expert", own["expert"])):
         shares = _shares(counts)
-        heat(axes, shares, 0, 1)
+        picture = tint(axes, shares, 0, 1, "{:.0%}" if len(names) <= 6 else None)
+        picture.set_norm(PowerNorm(0.5, 0, 1))  # so that few errors show beside many hits
         axes.set_title(title)
         axes.set_xlabel("predicted")
         named_axis(axes.xaxis, names)
         named_axis(axes.yaxis, names)
         axes.tick_params(axis="x", rotation=90 if len(names) > 4 else 0)
-        if len(names) <= 10:
-            write_cells(axes, [[100 * v for v in row] for row in shares], 0, 100, "{:.0f}")
         axes.spines[:].set_visible(False)
     grid[0].set_ylabel("true")
     return made

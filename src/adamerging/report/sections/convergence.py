@@ -81,7 +81,7 @@ def _draw(view: View, rows: Sequence[Row], shown: Mapping[str, str]) -> Any:
                 continue
             first = row.label not in named
             axes.plot(*zip(*curve, strict=True), color=style.color, lw=1.8 if first else 0.8, alpha=1 if first else 0.5,
-                      marker=style.marker if first else None, ms=3.5)  # fmt: skip
+                      marker=style.marker if first else None, ms=3.5, clip_on=False)  # fmt: skip
             if first:
                 ends.append((*curve[-1], row.label, style.color))
             named.add(row.label)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..document import Chart, Column, Section, Table
-from ..drawing import figure, heat, named_axis, write_cells
+from ..drawing import figure, named_axis, tint
 from ..view import View
 
 Matrix = list[list[float | None]]
@@ -66,14 +66,11 @@ def _draw(tasks: list[str], shown: dict[str, Matrix]) -> Any:
     for axes, (title, matrix) in zip(grid.flat, shown.items(), strict=True):
         flat = [value for row in matrix for value in row if value is not None]
         low, high = min(flat), max(flat)
-        heat(axes, [[float("nan") if v is None else v for v in row] for row in matrix], low, high)
+        form = None if len(tasks) > 10 else "{:.2f}" if title == "Cosine" else "{:.0%}"
+        tint(axes, matrix, low, high, form)
         named_axis(axes.yaxis, tasks)
         named_axis(axes.xaxis, tasks)
         axes.tick_params(axis="x", rotation=90)
         axes.set_title(title)
-        if len(tasks) <= 10:
-            scaled = matrix if title == "Cosine" else [[None if v is None else 100 * v for v in row] for row in matrix]
-            factor = 1 if title == "Cosine" else 100
-            write_cells(axes, scaled, low * factor, high * factor, "{:.2f}" if factor == 1 else "{:.0f}")
         axes.spines[:].set_visible(False)
     return made

@@ -34,8 +34,9 @@ def kept(view: View) -> Section | None:
         f"{bottom.label} least.",
         lambda: _draw(view, lines),
         [table],
-        note="Dot: mean over seeds. Line: 95 % interval from the size of the test data (first seed; the tasks’ bootstrap "
-        "intervals, the experts taken as exact). Small ticks: single seeds.",
+        note="Dot: mean over seeds. Line: 95 % interval from the size of the test data (the tasks’ bootstrap intervals, the "
+        "experts taken as exact). Small ticks: single seeds."
+        + (" Hollow: not counted, see the mark." if any(line.merged and not line.counts for line in lines) else ""),
     )
     return Section(
         "kept",
@@ -58,13 +59,13 @@ def _draw(view: View, lines: list[Line]) -> Any:
                   textcoords="offset points", color=INK, annotation_clip=False)  # fmt: skip
     for place, line in enumerate(lines):
         style, value = view.style(line.label), _value(view, line)
-        interval = normalised_interval(line.rows[0])
+        interval = line.interval()
         if interval is not None:
             axes.plot(interval, [place, place], color=style.color, lw=1.6, alpha=0.55)
         if len(line.rows) > 1:
             seeds = [normalised(row, tasks=view.tasks) for row in line.rows]
             axes.plot(seeds, [place] * len(seeds), ls="", marker="|", ms=9, mew=1, color=style.color)
-        hollow = not line.counts
+        hollow = line.merged and not line.counts
         axes.plot(
             value, place, marker="o", ms=6, color=style.color, mfc=PAPER if hollow else style.color, mew=1.4,
             gid=f"kept {place}",

@@ -59,7 +59,7 @@ def _draw(view: View, shown: dict[str, Curves]) -> Any:
             style, sizes = view.style(label), list(own)
             means = [own[size].mean for size in sizes]
             std = [own[size].std or 0.0 for size in sizes]
-            axes.plot(sizes, means, color=style.color, ls=style.dash, lw=1.8, marker=style.marker, ms=4)
+            axes.plot(sizes, means, color=style.color, ls=style.dash, lw=1.8, marker=style.marker, ms=4, clip_on=False)
             axes.fill_between(
                 sizes, [m - s for m, s in zip(means, std, strict=True)], [m + s for m, s in zip(means, std, strict=True)],
                 color=style.color, alpha=0.13, lw=0,

@@ -68,7 +68,7 @@ def _lines(view: View, axes: Any, values: dict[str, dict[int, float]], thin: flo
             axes.plot(list(own), list(own.values()), color=style.color, lw=0.8, alpha=0.45, zorder=1)
             continue
         axes.plot(list(own), list(own.values()), color=style.color, ls=style.dash, lw=style.width * thin,
-                  marker=style.marker, ms=3.5, zorder=3)  # fmt: skip
+                  marker=style.marker, ms=3.5, zorder=3, clip_on=False)  # fmt: skip
         ends.append((max(own), own[max(own)], label, style.color))
     return ends
 
