@@ -94,7 +94,11 @@ class Browser:
         head, self.buffer = self.buffer.split(b"\0", 1)
         message: dict[str, Any] = json.loads(head)
         event = message.get("params", {})
-        if message.get("method") == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning", "assert"):
+        if message.get("method") == "Runtime.consoleAPICalled" and event["type"] in (
+            "error",
+            "warning",
+            "assert",
+        ):
             self.complaints.append(str(event["args"]))
         elif message.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(str(event["exceptionDetails"]))
@@ -108,7 +112,13 @@ class Browser:
 
     def open(self, page: Path, width: int = 1200, *, dark: bool = False, media: str = "") -> None:
         """Open a file at a width."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.loaded = False

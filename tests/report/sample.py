@@ -47,7 +47,9 @@ def make_run(seeds: int = 3, *, complete: bool = True, hard: bool = False, many:
     rows += [_expert(rng, task, expert) for task in classes]
     for label, (kind, kept, seconds, seeded) in METHODS.items():
         for seed in range(seeds if seeded else 1):
-            rows.append(_row(rng, label, kind, kept, seconds, seed if seeded else None, classes, expert, groups))
+            rows.append(
+                _row(rng, label, kind, kept, seconds, seed if seeded else None, classes, expert, groups)
+            )
     rows.append(Row(label="slerp", kind="static", failed="slerp merges two experts, got 8"))
     if not many:
         rows += _subsets(rng, list(classes))
@@ -116,10 +118,20 @@ def _scores(rng, kept, classes, expert, seed_noise=0.0):
             for severity in range(1, 6):
                 own = expert[task] * (1 - severity * (0.035 + 0.012 * index))
                 found.append(
-                    _score(rng, task, clean * (own / expert[task]) ** (1.2 - 0.4 * kept), own, f"{corruption}:{severity}")
+                    _score(
+                        rng,
+                        task,
+                        clean * (own / expert[task]) ** (1.2 - 0.4 * kept),
+                        own,
+                        f"{corruption}:{severity}",
+                    )
                 )
     for task, best in UNSEEN.items():
-        found.append(_score(rng, task, best * (0.82 + 0.14 * kept) + rng.normal(0, 0.01), None, samples=400, unseen=True))
+        found.append(
+            _score(
+                rng, task, best * (0.82 + 0.14 * kept) + rng.normal(0, 0.01), None, samples=400, unseen=True
+            )
+        )
     return found
 
 
@@ -200,7 +212,9 @@ def _confusion(rng, count, kept):
     shown = min(count, 20)
 
     def counts(right):
-        matrix = rng.poisson(60 * (1 - right) / shown, (shown, shown)) * (1 + 5 * (rng.random((shown, shown)) < 0.15))
+        matrix = rng.poisson(60 * (1 - right) / shown, (shown, shown)) * (
+            1 + 5 * (rng.random((shown, shown)) < 0.15)
+        )
         np.fill_diagonal(matrix, 0)
         np.fill_diagonal(matrix, np.maximum(5, 60 - matrix.sum(1)))
         return matrix.tolist()
@@ -225,7 +239,13 @@ def _slice(tasks):
     a, b = np.meshgrid(x, x)
     loss = 0.5 + 1.3 * (a - 0.45) ** 2 + 1.1 * (b - 0.35) ** 2 + 0.5 * a * b
     entropy = 0.3 + 0.9 * (a - 0.6) ** 2 + 0.8 * (b - 0.5) ** 2 + 0.2 * a * b
-    return {"tasks": tasks[:2], "x": x.tolist(), "y": x.tolist(), "loss": loss.tolist(), "entropy": entropy.tolist()}
+    return {
+        "tasks": tasks[:2],
+        "x": x.tolist(),
+        "y": x.tolist(),
+        "loss": loss.tolist(),
+        "entropy": entropy.tolist(),
+    }
 
 
 def _subsets(rng, tasks):
@@ -233,7 +253,11 @@ def _subsets(rng, tasks):
     for size in range(2, len(tasks) + 1):
         for number in range(3 if size < len(tasks) else 1):
             chosen = sorted(rng.choice(tasks, size, replace=False).tolist())
-            for label, (high, drop) in {"average": (0.95, 0.045), "ties": (0.96, 0.035), "adamerging": (0.985, 0.018)}.items():
+            for label, (high, drop) in {
+                "average": (0.95, 0.045),
+                "ties": (0.96, 0.035),
+                "adamerging": (0.985, 0.018),
+            }.items():
                 scores = [
                     _score(rng, task, 0.9 * (high - drop * (size - 2) + rng.normal(0, 0.01)), 0.9) if task in chosen
                     else _score(rng, task, 0.9 * (0.5 + 0.03 * size + rng.normal(0, 0.02)), 0.9, unseen=True)

@@ -18,7 +18,9 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The page to write; report.html in the run's folder when not given."),
+        typer.Option(
+            "--out", "-o", help="The page to write; report.html in the run's folder when not given."
+        ),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", metavar="DIR", help="Write the figures as SVG and PNG, too.")

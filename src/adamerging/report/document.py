@@ -47,6 +47,7 @@ class Chart:
         tables: every number in it.
         title: above it; empty where the section's title says it all.
         note: below it: how to read it.
+        narrow: whether it is drawn a second time, for narrow screens.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Chart:
     tables: Sequence[Table]
     title: str = ""
     note: str = ""
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def written(value: Cell, form: Format = "text") -> str:
 
 def percent(value: float) -> str:
     """A share in running text: 97.3 %."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def short(text: str, limit: int = 26) -> str:

@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from ..errors import MissingExtraError
@@ -24,8 +25,9 @@ VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", PAPER: "--paper"} | {
     color: f"--series-{number}" for number, color in enumerate(SERIES, 1)
 }
 SEQUENTIAL = "cividis"
-WIDTH = 7.4
-"""Inches; the page scales it to the column."""
+WIDE, NARROW = 7.4, 4.6
+"""Inches; the page scales them to the column, or to the screen of a phone."""
+_width = ContextVar("width", default=WIDE)
 
 _RC = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5, "svg.fonttype": "none",
@@ -52,22 +54,26 @@ def require_matplotlib() -> None:
         raise MissingExtraError("matplotlib", "plots", "drawing a report") from None
 
 
-def styled(draw: Callable[[], Any]) -> Any:
+def styled(draw: Callable[[], Any], width: float = WIDE) -> Any:
     """Draw under the report's settings, which no other figure of the process sees; the laid-out figure."""
     from matplotlib import rc_context
 
-    with rc_context(_RC), _quiet():
-        made = draw()
-        made.draw_without_rendering()
-        return made
+    token = _width.set(width)
+    try:
+        with rc_context(_RC), _quiet():
+            made = draw()
+            made.draw_without_rendering()
+            return made
+    finally:
+        _width.reset(token)
 
 
 def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure as wide as the page, and its axes; for use within `styled`."""
+    """A figure as wide as `styled` says, and its axes; for use within it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(WIDTH, height))
+    made = Figure(figsize=(_width.get(), height))
     FigureCanvasAgg(made)
     return made, made.subplots(rows, columns, **options)
 
@@ -174,7 +180,9 @@ def tint(axes: Any, values: Any, low: float, high: float, form: str | None = Non
     """Cells as depths of one colour that lets the page shine through, light or dark; numbers if ``form``."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    clear = LinearSegmentedColormap.from_list("tint", [(*to_rgb(SERIES[0]), 0.02), (*to_rgb(SERIES[0]), 0.62)])
+    clear = LinearSegmentedColormap.from_list(
+        "tint", [(*to_rgb(SERIES[0]), 0.02), (*to_rgb(SERIES[0]), 0.62)]
+    )
     for i, row in enumerate(values) if form is not None else ():
         for j, value in enumerate(row):
             if value is not None and form is not None:
@@ -196,7 +204,9 @@ def _cells(axes: Any, values: Any, low: float, high: float, colors: Any) -> Any:
     )  # fmt: skip
 
 
-def write_cells(axes: Any, values: Sequence[Sequence[float | None]], low: float, high: float, form: str) -> None:
+def write_cells(
+    axes: Any, values: Sequence[Sequence[float | None]], low: float, high: float, form: str
+) -> None:
     """The numbers in the cells of `heat`, dark on light and light on dark."""
     for i, row in enumerate(values):
         for j, value in enumerate(row):

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .document import Cell, Chart, Column, Table, short, written
-from .drawing import inline, require_matplotlib, styled, svg
+from .drawing import NARROW, inline, require_matplotlib, styled, svg
 from .lines import MARKS, Line
 from .load import Run
 from .sections import sections
@@ -57,10 +57,15 @@ def make_page(run: Run) -> Page:
     require_matplotlib()
     view = View(run)
     found = sections(view)
-    drawn = {}
+    drawn: dict[str, Drawn] = {}
+    pictures: dict[str, list[tuple[str, str]]] = {}
     for chart in (chart for section in found for chart in section.charts):
         made = styled(chart.draw)
         drawn[chart.name] = Drawn(chart, made, svg(made, chart.name))
+        pictures[chart.name] = [("wide", inline(drawn[chart.name].svg, chart.name))]
+        if chart.narrow:
+            name = f"{chart.name}-narrow"
+            pictures[chart.name].append(("narrow", inline(svg(styled(chart.draw, NARROW), name), name)))
     judged = verdict(view)
     html = _template().render(
         run=run,
@@ -70,7 +75,7 @@ def make_page(run: Run) -> Page:
         scores=_scores(view),
         others=_others(view),
         marks={mark: MARKS[mark] for mark in MARKS if any(mark in line.marks for line in view.lines)},
-        pictures={name: inline(one.svg, name) for name, one in drawn.items()},
+        pictures=pictures,
     )
     return Page(html, tuple(drawn.values()), judged)
 
@@ -114,9 +119,16 @@ def _cell(line: Line, task: str) -> ScoreCell:
         return ScoreCell(written(None), 0.0, None)
     ratio = line.ratio(task)
     depth = min(1.0, max(0.0, ((found.mean if ratio is None else ratio) - 0.5) / 0.5))
-    scores = [s for row in line.rows for s in row.scores if s.task == task and s.condition == "clean" and not s.unseen]
+    scores = [
+        s
+        for row in line.rows
+        for s in row.scores
+        if s.task == task and s.condition == "clean" and not s.unseen
+    ]
     hint = f"95 % interval {100 * scores[0].accuracy_low:.1f} to {100 * scores[0].accuracy_high:.1f}"
-    hint += f", {scores[0].samples} samples" + (f"; {100 * ratio:.1f} % of the expert" if ratio is not None else "")
+    hint += f", {scores[0].samples} samples" + (
+        f"; {100 * ratio:.1f} % of the expert" if ratio is not None else ""
+    )
     return ScoreCell(written(found.mean, "percent"), round(0.5 * depth**1.5, 3), found.mean, hint)
 
 
@@ -137,7 +149,11 @@ def _others(view: View) -> list[Table]:
         for s in row.scores
         if s.condition == "clean" and not s.unseen
     ]  # fmt: skip
-    return [Table("Every score on clean data, with 95 % bootstrap intervals of accuracy", columns, rows)] if rows else []
+    return (
+        [Table("Every score on clean data, with 95 % bootstrap intervals of accuracy", columns, rows)]
+        if rows
+        else []
+    )
 
 
 def _breakable(name: str) -> Markup:
@@ -159,5 +175,3 @@ def _template() -> Any:
     environment.filters["written"] = written
     environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.j2")
-
-

@@ -118,14 +118,17 @@ def _experts(view: View, task: str) -> Spread | None:
 
 
 def _seeds(found: Spread) -> str:
-    return f" (± {100 * found.std:.1f} over {found.count} seeds)" if found.std is not None else ""
+    return f" (±\u00a0{100 * found.std:.1f} over {found.count} seeds)" if found.std is not None else ""
 
 
 def _status(view: View) -> tuple[str, str] | None:
     planned, there = view.comparison.planned, len(view.run.rows)
     rows = f"{there} of {planned} rows" if planned else f"{there} rows"
     if not view.comparison.complete:
-        return "This run is not finished", f"{rows} are there, and the report shows those alone. The same command goes on."
+        return (
+            "This run is not finished",
+            f"{rows} are there, and the report shows those alone. The same command goes on.",
+        )
     if view.run.missing:
         return "Rows are missing", f"{rows} are there, though the run was finished."
     return None

@@ -36,7 +36,11 @@ def coefficients(view: View) -> Section | None:
         )
     if not charts:
         return None
-    rest = f" The other learned models, {', '.join(able[MOST:])}, are in the records." if len(able) > MOST else ""
+    rest = (
+        f" The other learned models, {', '.join(able[MOST:])}, are in the records."
+        if len(able) > MOST
+        else ""
+    )
     lead = "How much of each expert went into each part of the network; the brighter, the more." + rest
     return Section("coefficients", "The coefficients", [lead], charts)
 
@@ -46,7 +50,11 @@ def _sound(found: Mapping[str, Any]) -> bool:
     values, groups = found.get("values"), found.get("groups")
     tasks = found.get("tasks")
     return bool(
-        values and groups and tasks and len(values) == len(tasks) and all(len(v) == len(groups) for v in values)
+        values
+        and groups
+        and tasks
+        and len(values) == len(tasks)
+        and all(len(v) == len(groups) for v in values)
     )
 
 
@@ -89,7 +97,9 @@ def _draw(found: Mapping[str, Any]) -> Any:
         for _, start, _ in runs[1:]:
             axes.axvline(start - 0.5, color=PAPER, lw=1.6)
         wide = [(b, s, c) for b, s, c in runs if c / len(groups) > 0.03]
-        axes.set_xticks([start + count / 2 - 0.5 for _, start, count in wide], [_last(block) for block, _, _ in wide])
+        axes.set_xticks(
+            [start + count / 2 - 0.5 for _, start, count in wide], [_last(block) for block, _, _ in wide]
+        )
         axes.set_xlabel("block of the network")
     else:
         named_axis(axes.xaxis, groups, 24)

@@ -39,7 +39,7 @@ def convergence(view: View) -> Section | None:
     chart = Chart(
         "convergence", f"{' and '.join(shown)} of {len(labels)} learned models against the steps of learning.",
         lambda: _draw(view, rows, shown), [table],
-        note="Mean over the tasks, on adaptation samples held out from learning. Thin lines: further seeds.",
+        narrow=True, note="Mean over the tasks, on adaptation samples held out from learning. Thin lines: further seeds.",
     )  # fmt: skip
     return Section("convergence", "What learning did", _lead(rows, measure), [chart])
 
@@ -54,7 +54,9 @@ def _lead(rows: Sequence[Row], measure: str | None) -> list[str]:
             lost.append(row.label)
     if lost:
         names = ", ".join(dict.fromkeys(lost))
-        return [f"For {names}, entropy fell while {measure} fell too: more confident is not more right there."]
+        return [
+            f"For {names}, entropy fell while {measure} fell too: more confident is not more right there."
+        ]
     return [f"Where entropy falls and {measure} rises with it, the objective does its work."]
 
 

@@ -24,12 +24,18 @@ def geometry(view: View) -> Section | None:
         if name in found
     }
     pairs = [(i, j) for i in range(len(tasks)) for j in range(i)]
-    columns = [Column("expert"), Column("and"), *(Column(t, "number" if t == "Cosine" else "percent") for t in shown)]
+    columns = [
+        Column("expert"),
+        Column("and"),
+        *(Column(t, "number" if t == "Cosine" else "percent") for t in shown),
+    ]
     rows = [[tasks[i], tasks[j], *(matrix[i][j] for matrix in shown.values())] for i, j in pairs]
     tables = [Table("Every two task vectors (conflicts in %)", columns, rows)]
     if found.get("norms"):
         norms = [list(pair) for pair in zip(tasks, found["norms"], strict=True)]
-        tables.append(Table("Lengths of the task vectors", [Column("expert"), Column("norm", "number")], norms))
+        tables.append(
+            Table("Lengths of the task vectors", [Column("expert"), Column("norm", "number")], norms)
+        )
     chart = Chart(
         "geometry", f"Matrices of {' and '.join(t.lower() for t in shown)} of {len(tasks)} task vectors.",
         lambda: _draw(tasks, shown), tables,
@@ -54,7 +60,9 @@ def _lead(tasks: list[str], shown: dict[str, Matrix], pairs: list[tuple[int, int
 def _sound(found: Mapping[str, Any]) -> bool:
     tasks = found.get("tasks") or []
     matrices = [found[name] for name in ("cosines", "sign_conflicts") if name in found]
-    return bool(matrices) and all(len(m) == len(tasks) and all(len(row) == len(tasks) for row in m) for m in matrices)
+    return bool(matrices) and all(
+        len(m) == len(tasks) and all(len(row) == len(tasks) for row in m) for m in matrices
+    )
 
 
 def _without_diagonal(matrix: Matrix) -> Matrix:

@@ -34,9 +34,14 @@ def kept(view: View) -> Section | None:
         f"{bottom.label} least.",
         lambda: _draw(view, lines),
         [table],
+        narrow=True,
         note="Dot: mean over seeds. Line: 95 % interval from the size of the test data (the tasks’ bootstrap intervals, the "
         "experts taken as exact). Small ticks: single seeds."
-        + (" Hollow: not counted, see the mark." if any(line.merged and not line.counts for line in lines) else ""),
+        + (
+            " Hollow: not counted, see the mark."
+            if any(line.merged and not line.counts for line in lines)
+            else ""
+        ),
     )
     return Section(
         "kept",

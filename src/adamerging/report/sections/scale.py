@@ -16,7 +16,9 @@ Curves = dict[str, dict[int, Spread]]
 
 def scale(view: View) -> Section | None:
     """Held-in and held-out accuracy against the number of experts."""
-    rows = [row for row in view.run.rows if (row.group or "").startswith(SUBSET) and row.scores and row.experts]
+    rows = [
+        row for row in view.run.rows if (row.group or "").startswith(SUBSET) and row.scores and row.experts
+    ]
     if not rows:
         return None
     relative = all(s.normalised is not None for row in rows for s in row.scores)
@@ -46,7 +48,13 @@ def _curves(rows: list[Row], relative: bool, unseen: bool) -> Curves:
 
 
 def _table(caption: str, curves: Curves) -> Table:
-    columns = [Column("method"), Column("experts"), Column("mean", "percent"), Column("std", "percent"), Column("models", "count")]
+    columns = [
+        Column("method"),
+        Column("experts"),
+        Column("mean", "percent"),
+        Column("std", "percent"),
+        Column("models", "count"),
+    ]
     rows = [[label, size, s.mean, s.std, s.count] for label, own in curves.items() for size, s in own.items()]
     return Table(caption, columns, rows)
 
@@ -59,7 +67,16 @@ def _draw(view: View, shown: dict[str, Curves]) -> Any:
             style, sizes = view.style(label), list(own)
             means = [own[size].mean for size in sizes]
             std = [own[size].std or 0.0 for size in sizes]
-            axes.plot(sizes, means, color=style.color, ls=style.dash, lw=1.8, marker=style.marker, ms=4, clip_on=False)
+            axes.plot(
+                sizes,
+                means,
+                color=style.color,
+                ls=style.dash,
+                lw=1.8,
+                marker=style.marker,
+                ms=4,
+                clip_on=False,
+            )
             axes.fill_between(
                 sizes, [m - s for m, s in zip(means, std, strict=True)], [m + s for m, s in zip(means, std, strict=True)],
                 color=style.color, alpha=0.13, lw=0,

@@ -23,24 +23,47 @@ def settings(view: View) -> Section:
     own = {_name(row.label, row.seed, row.group): row.settings for row in run.rows if row.settings}
     if own:
         text.append(("Settings of each model", _yaml(own)))
-    sources: list[list[Cell]] = [["base", run.base], *([f"expert {n}", path] for n, path in run.experts.items())]
+    sources: list[list[Cell]] = [
+        ["base", run.base],
+        *([f"expert {n}", path] for n, path in run.experts.items()),
+    ]
     tables = [Table("What was merged", [Column("weights"), Column("from")], sources)]
     if run.tasks:
         tables.append(
             Table(
                 "Data",
-                [Column("task"), Column("kind"), Column("classes", "count"), Column("adapts to"), Column("samples", "count"),
-                 Column("scored on"), Column("samples", "count")],
-                [[t.name, t.kind, t.classes, t.adapt, t.adapt_samples, t.evaluate, t.evaluate_samples] for t in run.tasks],
+                [
+                    Column("task"),
+                    Column("kind"),
+                    Column("classes", "count"),
+                    Column("adapts to"),
+                    Column("samples", "count"),
+                    Column("scored on"),
+                    Column("samples", "count"),
+                ],
+                [
+                    [t.name, t.kind, t.classes, t.adapt, t.adapt_samples, t.evaluate, t.evaluate_samples]
+                    for t in run.tasks
+                ],
             )  # fmt: skip
         )
     if run.versions:
-        tables.append(Table("Versions", [Column("package"), Column("version")], [list(pair) for pair in run.versions.items()]))
+        tables.append(
+            Table(
+                "Versions",
+                [Column("package"), Column("version")],
+                [list(pair) for pair in run.versions.items()],
+            )
+        )
     prints: list[list[Cell]] = [
         [_name(row.label, row.seed, row.group), row.fingerprint] for row in run.rows if row.fingerprint
     ]
     if prints:
-        tables.append(Table("Fingerprints: sha256 over each model’s weights", [Column("model"), Column("sha256")], prints))
+        tables.append(
+            Table(
+                "Fingerprints: sha256 over each model’s weights", [Column("model"), Column("sha256")], prints
+            )
+        )
     return Section("again", "To make it again", text=text, tables=tables)
 
 
@@ -49,4 +72,6 @@ def _name(label: str, seed: int | None, group: str | None) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)).rstrip()
+    return str(
+        yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+    ).rstrip()

@@ -24,7 +24,7 @@ def shift(view: View) -> Section | None:
         Chart(
             "shift", f"Mean accuracy of {len(mean)} models from clean data to severity {max(map(max, found.values()))}.",
             lambda: _draw_mean(view, mean), [_table("Mean over the corruptions, %", mean)],
-            note="Severity 0 is clean data of the same tasks.",
+            narrow=True, note="Severity 0 is clean data of the same tasks.",
         )
     ]  # fmt: skip
     if len(found) > 1:
@@ -51,16 +51,30 @@ def _lead(view: View, rows: list[Row], mean: dict[str, dict[int, float]]) -> lis
         f"{percent(mean[winner.label][last])} at severity {last}"
     )
     experts = alive.get("experts")
-    return [text + (f"; the experts from {percent(experts[0])} to {percent(experts[last])}." if experts and 0 in experts else ".")]
+    return [
+        text
+        + (
+            f"; the experts from {percent(experts[0])} to {percent(experts[last])}."
+            if experts and 0 in experts
+            else "."
+        )
+    ]
 
 
 def _table(caption: str, values: dict[str, dict[int, float]]) -> Table:
     levels = sorted({level for own in values.values() for level in own})
-    columns = [Column("model"), *(Column("clean" if not level else str(level), "percent") for level in levels)]
-    return Table(caption, columns, [[label, *(own.get(level) for level in levels)] for label, own in values.items()])
+    columns = [
+        Column("model"),
+        *(Column("clean" if not level else str(level), "percent") for level in levels),
+    ]
+    return Table(
+        caption, columns, [[label, *(own.get(level) for level in levels)] for label, own in values.items()]
+    )
 
 
-def _lines(view: View, axes: Any, values: dict[str, dict[int, float]], thin: float = 1.0) -> list[tuple[float, float, str, str]]:
+def _lines(
+    view: View, axes: Any, values: dict[str, dict[int, float]], thin: float = 1.0
+) -> list[tuple[float, float, str, str]]:
     ends = []
     for label, own in values.items():
         style = view.style(label)
@@ -79,7 +93,9 @@ def _draw_mean(view: View, values: dict[str, dict[int, float]]) -> Any:
     axes.set_xlabel("severity")
     axes.grid(axis="y")
     percents(axes.yaxis)
-    axes.set_xlim(left=min(min(own) for own in values.values()), right=max(end[0] for end in ends) if ends else None)
+    axes.set_xlim(
+        left=min(min(own) for own in values.values()), right=max(end[0] for end in ends) if ends else None
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(*axes.get_ylim())
     label_ends(axes, ends)

@@ -16,7 +16,9 @@ def surface(view: View) -> Section | None:
     if not found or not _sound(found):
         return None
     a, b = found["tasks"]
-    shown = {title: found[name] for name, title in (("loss", "Loss, with labels"), ("entropy", "Entropy, without"))}
+    shown = {
+        title: found[name] for name, title in (("loss", "Loss, with labels"), ("entropy", "Entropy, without"))
+    }
     rows = [
         [x, y, found["loss"][i][j], found["entropy"][i][j]]
         for i, y in enumerate(found["y"])
@@ -24,14 +26,17 @@ def surface(view: View) -> Section | None:
     ]
     table = Table(
         "Mean over the two tasks, nats",
-        [Column(f"λ of {a}", "number"), Column(f"λ of {b}", "number"), Column("loss", "number"), Column("entropy", "number")],
+        [
+            Column(f"λ of {a}", "number"),
+            Column(f"λ of {b}", "number"),
+            Column("loss", "number"),
+            Column("entropy", "number"),
+        ],
         rows,
     )
     best = {title: _lowest(found, values) for title, values in shown.items()}
     (x1, y1), (x2, y2) = best.values()
-    lead = (
-        f"Loss is lowest at λ = {x1:.2g} for {a} and {y1:.2g} for {b}; entropy, which needs no labels, at {x2:.2g} and {y2:.2g}."
-    )
+    lead = f"Loss is lowest at λ = {x1:.2g} for {a} and {y1:.2g} for {b}; entropy, which needs no labels, at {x2:.2g} and {y2:.2g}."
     chart = Chart(
         "surface", f"Contours of loss and of entropy over the coefficients of {a} and {b}.",
         lambda: _draw(found, shown, best), [table], note="Dot: the lowest point of the grid. Darker is lower.",

@@ -18,9 +18,7 @@ def unseen(view: View) -> Section | None:
     lines = [line for line in view.lines if line.mean(unseen=True) is not None]
     if not lines or not view.unseen:
         return None
-    cells = {
-        line.label: [_mean(line.accuracy(task, unseen=True)) for task in view.unseen] for line in lines
-    }
+    cells = {line.label: [_mean(line.accuracy(task, unseen=True)) for task in view.unseen] for line in lines}
     means = {line.label: _mean(line.mean(unseen=True)) for line in lines}
     order = sorted(means, key=lambda label: means[label] or 0.0)
     table = Table(
@@ -35,7 +33,7 @@ def unseen(view: View) -> Section | None:
     chart = Chart(
         "unseen", f"Mean accuracy on {len(view.unseen)} unseen tasks by model.",
         lambda: _draw(view, order, cells, means), [table],
-        note="Dot: mean over the tasks. Ticks: single tasks. Every model answers under the same head, fitted once on the "
+        narrow=True, note="Dot: mean over the tasks. Ticks: single tasks. Every model answers under the same head, fitted once on the "
         "base’s features.",
     )  # fmt: skip
     return Section("unseen", "Tasks that no expert saw", lead, [chart])
@@ -53,7 +51,12 @@ def leave_out(view: View) -> Section | None:
         cells.append([label, "mean over the splits", *_pair(own)])
     table = Table(
         "Mean accuracy by split, %",
-        [Column("model"), Column("split"), Column("merged tasks", "percent"), Column("left-out tasks", "percent")],
+        [
+            Column("model"),
+            Column("split"),
+            Column("merged tasks", "percent"),
+            Column("left-out tasks", "percent"),
+        ],
         [row for row in cells if row[2] is not None or row[3] is not None],
     )
     return Section(
@@ -64,14 +67,18 @@ def leave_out(view: View) -> Section | None:
 
 
 def _pair(rows: list[Row]) -> tuple[float | None, float | None]:
-    return _mean(spread(map(mean_accuracy, rows))), _mean(spread(mean_accuracy(row, unseen=True) for row in rows))
+    return _mean(spread(map(mean_accuracy, rows))), _mean(
+        spread(mean_accuracy(row, unseen=True) for row in rows)
+    )
 
 
 def _mean(found: Spread | None) -> float | None:
     return found.mean if found is not None else None
 
 
-def _draw(view: View, order: list[str], cells: dict[str, list[float | None]], means: dict[str, float | None]) -> Any:
+def _draw(
+    view: View, order: list[str], cells: dict[str, list[float | None]], means: dict[str, float | None]
+) -> Any:
     made, axes = figure(0.5 + 0.25 * len(order))
     for place, label in enumerate(order):
         style = view.style(label)
