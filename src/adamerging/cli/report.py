@@ -57,7 +57,8 @@ def report(
         return
     if not comparison.complete:
         show.note(
-            f"this run is not finished: {len(written.run.rows)} of {comparison.planned} rows are there, and shown"
+            f"this run is not finished: {len(written.run.rows)} of {comparison.planned} "
+            "rows are there, and shown"
         )
     console = show.console()
     console.print(said.headline, soft_wrap=True)

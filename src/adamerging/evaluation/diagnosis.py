@@ -78,7 +78,8 @@ def confusion(
     logits, wanted = _checked(logits, labels)
     if expert_logits.shape != logits.shape:
         raise UsageError(
-            f"the expert's logits are {list(expert_logits.shape)}, the model's {list(logits.shape)}: not the same "
+            f"the expert's logits are {list(expert_logits.shape)}, the model's {list(logits.shape)}: not "
+            "the same "
             "samples and classes"
         )
     count = logits.shape[1]

@@ -98,7 +98,7 @@ def experts_row(rows: Iterable[Row]) -> Row | None:
         for score in row.scores
         if [score.task] == row.experts
     ]
-    return Row(label=EXPERTS, kind="expert", scores=scores) if scores else None
+    return Row.model_validate({"label": EXPERTS, "kind": "expert", "scores": scores}) if scores else None
 
 
 def corruptions(rows: Iterable[Row]) -> dict[str, list[int]]:

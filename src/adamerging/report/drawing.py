@@ -29,17 +29,42 @@ WIDE, NARROW = 7.4, 4.6
 """Inches; the page scales them to the column, or to the screen of a phone."""
 _width = ContextVar("width", default=WIDE)
 
-_RC = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5, "svg.fonttype": "none",
-    "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": RULE, "axes.titlecolor": INK,
-    "axes.titlesize": 8.5, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.labelsize": 8.5,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True,
-    "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.major.size": 3, "ytick.major.size": 0, "grid.color": RULE,
-    "grid.linewidth": 0.7, "figure.facecolor": PAPER, "axes.facecolor": "none", "savefig.facecolor": PAPER,
-    "lines.linewidth": 1.6, "lines.solid_capstyle": "round", "text.parse_math": False, "image.cmap": SEQUENTIAL,
+_RC: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "savefig.facecolor": PAPER,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "text.parse_math": False,
+    "image.cmap": SEQUENTIAL,
     "figure.constrained_layout.use": True,
-}  # fmt: skip
+}
 
 
 def require_matplotlib() -> None:
@@ -121,7 +146,8 @@ class Style:
     """How a model is drawn, the same in every chart."""
 
     def __init__(self, line: Line, best: int = len(SERIES)) -> None:
-        self.color, self.marker, self.dash, self.width = SOFT, ".", "-", 1.0
+        self.color, self.marker, self.width = SOFT, ".", 1.0
+        self.dash: Any = "-"
         self.strong = False
         if line.kind == "expert":
             self.color, self.dash, self.width, self.strong = INK, (0, (4, 2)), 1.6, True
@@ -167,8 +193,12 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]], gap: fl
             [x, right + 0.02 * reach], [y, place + shift], color=color, lw=0.6, alpha=0.5, clip_on=False
         )
         axes.annotate(
-            short(text), (right + 0.025 * reach, place + shift), annotation_clip=False, va="center", color=color
-        )  # fmt: skip
+            short(text),
+            (right + 0.025 * reach, place + shift),
+            annotation_clip=False,
+            va="center",
+            color=color,
+        )
 
 
 def heat(axes: Any, values: Any, low: float, high: float) -> Any:
@@ -199,9 +229,14 @@ def _cells(axes: Any, values: Any, low: float, high: float, colors: Any) -> Any:
 
     known = [[float("nan") if value is None else value for value in row] for row in values]
     return axes.imshow(
-        np.ma.masked_invalid(np.asarray(known, dtype=float)), aspect="auto", interpolation="none",
-        vmin=low, vmax=high if high > low else low + 1, cmap=colors, zorder=0,
-    )  # fmt: skip
+        np.ma.masked_invalid(np.asarray(known, dtype=float)),
+        aspect="auto",
+        interpolation="none",
+        vmin=low,
+        vmax=high if high > low else low + 1,
+        cmap=colors,
+        zorder=0,
+    )
 
 
 def write_cells(
@@ -213,9 +248,14 @@ def write_cells(
             if value is not None:
                 dark = (value - low) / ((high - low) or 1) < 0.55
                 axes.text(
-                    j, i, form.format(value), ha="center", va="center", fontsize=7,
+                    j,
+                    i,
+                    form.format(value),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
                     color="#ffffff" if dark else "#000000",
-                )  # fmt: skip
+                )
 
 
 def named_axis(axis: Any, names: Sequence[str], most: int = 40) -> None:
@@ -237,7 +277,7 @@ def _rows(axes: Any) -> int:
 class _quiet(warnings.catch_warnings):
     """No warnings about letters that the drawing library's own font lacks: the page's fonts draw them."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         warnings.filterwarnings("ignore", message=r"Matplotlib currently does not support")

@@ -1,4 +1,4 @@
-"""The models of a report in the order it shows them, each under one style from the first chart to the last."""
+"""The models of a report, in the order it shows them."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def load_run(folder: str | Path) -> Run:
         comparison = Comparison.model_validate(_read(file))
     except (ValueError, OSError) as error:
         raise UsageError(
-            f"{shown(file)} cannot be read: {_reason(error)}. Run the same comparison again: it writes the file "
+            f"{shown(file)} cannot be read: {_reason(error)}. Run the same comparison again: "
+            "it writes the file "
             "anew, and rows that are there are not computed again"
         ) from None
     problems = []
@@ -79,7 +80,8 @@ def load_run(folder: str | Path) -> Run:
             row = Row.model_validate(_read(path))
         except (ValueError, OSError) as error:
             problems.append(
-                f"{shown(path)} cannot be read and its row is left out: {_reason(error)}. Delete the file and run the "
+                f"{shown(path)} cannot be read and its row is left out: {_reason(error)}. "
+                "Delete the file and run the "
                 "same comparison again, which computes this row anew"
             )
             continue
@@ -97,8 +99,8 @@ def shown(path: str | Path) -> str:
 def printable(text: str) -> str:
     """Text that every file can hold and that shows what it is.
 
-    Lone surrogates and control characters, which UTF-8 or XML cannot hold, and marks that turn the direction of
-    the text after them become escapes.
+    Lone surrogates and control characters, which UTF-8 or XML cannot hold, and marks that turn the
+    direction of the text after them become escapes.
     """
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _hidden(c) else c for c in text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -135,20 +134,39 @@ def _cell(line: Line, task: str) -> ScoreCell:
 def _others(view: View) -> list[Table]:
     """The numbers behind the table of scores: every score of every row, and experts on others' tasks."""
     columns = [
-        Column("model"), Column("seed"), Column("task"), Column("accuracy", "percent"), Column("low", "percent"),
-        Column("high", "percent"), Column("macro F1", "percent"), Column("ECE", "percent"), Column("NLL", "number"),
-        Column("entropy", "number"), Column("kept", "percent"), Column("samples", "count"),
-    ]  # fmt: skip
+        Column("model"),
+        Column("seed"),
+        Column("task"),
+        Column("accuracy", "percent"),
+        Column("low", "percent"),
+        Column("high", "percent"),
+        Column("macro F1", "percent"),
+        Column("ECE", "percent"),
+        Column("NLL", "number"),
+        Column("entropy", "number"),
+        Column("kept", "percent"),
+        Column("samples", "count"),
+    ]
     rows: list[list[Cell]] = [
         [
-            row.label, row.seed, s.task, s.accuracy, s.accuracy_low, s.accuracy_high, s.macro_f1, s.ece, s.nll, s.entropy,
-            s.normalised, s.samples,
+            row.label,
+            row.seed,
+            s.task,
+            s.accuracy,
+            s.accuracy_low,
+            s.accuracy_high,
+            s.macro_f1,
+            s.ece,
+            s.nll,
+            s.entropy,
+            s.normalised,
+            s.samples,
         ]
         for row in view.run.rows
         if row.group is None
         for s in row.scores
         if s.condition == "clean" and not s.unseen
-    ]  # fmt: skip
+    ]
     return (
         [Table("Every score on clean data, with 95 % bootstrap intervals of accuracy", columns, rows)]
         if rows

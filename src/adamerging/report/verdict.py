@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..units import duration, size
 from .aggregate import EXPERTS, Spread
-from .document import duration, listed, percent, size
+from .document import listed, percent
 from .lines import MARKS, Line
 from .view import View
 
@@ -59,17 +60,24 @@ def _sentences(view: View, winner: Line) -> Iterator[str]:
     others = [
         f"{name} {percent(found.mean)}"
         for line in view.lines
-        for name in [{"expert": "the experts, one model a task,", "base": "the base", "average": "plain averaging"}.get(line.kind)]
+        for name in [
+            {
+                "expert": "the experts, one model a task,",
+                "base": "the base",
+                "average": "plain averaging",
+            }.get(line.kind)
+        ]
         for found in [line.mean(view.tasks)]
         if name is not None and found is not None and line is not winner
-    ]  # fmt: skip
+    ]
     count = len(view.tasks)
     text = f"Over {count} task{'s' * (count != 1)} its mean accuracy is {percent(mean.mean)}{_seeds(mean)}"
     yield text + (f"; {', '.join(others)}." if others else ".")
     interval = winner.interval()
     if kept is not None and interval is not None:
         yield (
-            f"The 95 % interval of the share that is kept is {100 * interval[0]:.1f} to {percent(interval[1])}, from the size "
+            f"The 95 % interval of the share that is kept is {100 * interval[0]:.1f} to "
+            f"{percent(interval[1])}, from the size "
             "of the test data."
         )
     worst = _worst(view, winner)
@@ -77,7 +85,8 @@ def _sentences(view: View, winner: Line) -> Iterator[str]:
         task = worst[0]
         own, expert = winner.accuracy(task), _experts(view, task)
         if own is not None and expert is not None:
-            yield f"Its worst task is {task}: {percent(own.mean)} where the expert has {percent(expert.mean)}."
+            text = f"{percent(own.mean)} where the expert has {percent(expert.mean)}"
+            yield f"Its worst task is {task}: {text}."
     second = _second(view, winner)
     if second is not None:
         yield second

@@ -20,8 +20,20 @@ from .surface import surface
 from .unseen import leave_out, unseen
 
 SECTIONS: tuple[Callable[[View], Section | None], ...] = (
-    kept, shift, unseen, leave_out, scale, convergence, coefficients, geometry, entropy, confusion, surface, cost, settings,
-)  # fmt: skip
+    kept,
+    shift,
+    unseen,
+    leave_out,
+    scale,
+    convergence,
+    coefficients,
+    geometry,
+    entropy,
+    confusion,
+    surface,
+    cost,
+    settings,
+)
 
 
 def sections(view: View) -> list[Section]:

@@ -27,7 +27,7 @@ def coefficients(view: View) -> Section | None:
         charts.append(
             Chart(
                 f"coefficients-{number}",
-                f"Coefficients of {label}: {len(found['tasks'])} tasks by {len(found['groups'])} groups of weights.",
+                f"Coefficients of {label}: {len(found['tasks'])} tasks by {len(found['groups'])} groups.",
                 lambda found=found: _draw(found),  # type: ignore[misc]
                 [_table(label, found)],
                 title=f"{label}{seed}",
@@ -71,7 +71,7 @@ def _table(label: str, found: Mapping[str, Any]) -> Table:
 
 
 def _blocks(found: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """(block, first column, columns) of the runs of one block; empty where blocks are not known or are all alike."""
+    """(block, first column, columns) of the runs of one block; empty where blocks are not known."""
     blocks = found.get("blocks") or []
     if len(blocks) != len(found["groups"]):
         return []

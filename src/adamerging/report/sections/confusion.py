@@ -33,7 +33,7 @@ def confusion(view: View) -> Section | None:
     ]
     if not charts:
         return None
-    lead = f"True classes against predicted ones, {line.label} beside each task’s expert, rows adding up to 100 %."
+    lead = f"True classes against predicted ones, {line.label} beside each task’s expert, rows of 100 %."
     if len(names) > MOST:
         lead += f" Shown are the {MOST} tasks on which it keeps least; the others are in the records."
     return Section("confusion", "What is confused with what", [lead], charts)
@@ -80,8 +80,9 @@ def _table(task: str, own: Mapping[str, Any]) -> Table:
     ]
     return Table(
         f"{task}: test samples by true and predicted class, pairs that occur",
-        [Column("true"), Column("predicted"), Column("merged", "count"), Column("expert", "count")], rows,
-    )  # fmt: skip
+        [Column("true"), Column("predicted"), Column("merged", "count"), Column("expert", "count")],
+        rows,
+    )
 
 
 def _shares(counts: Counts) -> list[list[float]]:

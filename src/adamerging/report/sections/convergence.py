@@ -22,8 +22,9 @@ def convergence(view: View) -> Section | None:
     shown = {"entropy": "Entropy of the predictions, nats"}
     if measure is not None:
         shown[measure] = {
-            "accuracy": "Accuracy on held-out samples", "agreement": "Agreement with the experts",
-        }[measure]  # fmt: skip
+            "accuracy": "Accuracy on held-out samples",
+            "agreement": "Agreement with the experts",
+        }[measure]
     rows = [row for row in rows if any(len(_curve(row, name)) > 1 for name in shown)]
     if not rows:
         return None
@@ -37,10 +38,13 @@ def convergence(view: View) -> Section | None:
     columns += [Column(n if f == "number" else f"{n}, %", f) for n, f in zip(shown, formats, strict=True)]  # type: ignore[arg-type]
     table = Table("Mean over the tasks, on samples held out from learning", columns, cells)
     chart = Chart(
-        "convergence", f"{' and '.join(shown)} of {len(labels)} learned models against the steps of learning.",
-        lambda: _draw(view, rows, shown), [table],
-        narrow=True, note="Mean over the tasks, on adaptation samples held out from learning. Thin lines: further seeds.",
-    )  # fmt: skip
+        "convergence",
+        f"{' and '.join(shown)} of {len(labels)} learned models against the steps of learning.",
+        lambda: _draw(view, rows, shown),
+        [table],
+        narrow=True,
+        note="Mean over the tasks, on adaptation samples held out from learning. Thin lines: further seeds.",
+    )
     return Section("convergence", "What learning did", _lead(rows, measure), [chart])
 
 
@@ -82,8 +86,15 @@ def _draw(view: View, rows: Sequence[Row], shown: Mapping[str, str]) -> Any:
             if not curve:
                 continue
             first = row.label not in named
-            axes.plot(*zip(*curve, strict=True), color=style.color, lw=1.8 if first else 0.8, alpha=1 if first else 0.5,
-                      marker=style.marker if first else None, ms=3.5, clip_on=False)  # fmt: skip
+            axes.plot(
+                *zip(*curve, strict=True),
+                color=style.color,
+                lw=1.8 if first else 0.8,
+                alpha=1 if first else 0.5,
+                marker=style.marker if first else None,
+                ms=3.5,
+                clip_on=False,
+            )
             if first:
                 ends.append((*curve[-1], row.label, style.color))
             named.add(row.label)

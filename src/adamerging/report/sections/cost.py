@@ -33,9 +33,13 @@ def cost(view: View) -> Section | None:
     if len(able) < 2:
         return Section("cost", "What it cost", tables=[table])
     chart = Chart(
-        "cost", f"Share of the experts’ accuracy against the time to make each of {len(able)} models.",
-        lambda: _draw(view, able), [table], narrow=True, note="Up and to the left is better. Time in seconds, on a logarithmic scale; first seed.",
-    )  # fmt: skip
+        "cost",
+        f"Share of the experts’ accuracy against the time to make each of {len(able)} models.",
+        lambda: _draw(view, able),
+        [table],
+        narrow=True,
+        note="Up and to the left is better. Time in seconds, on a logarithmic scale; first seed.",
+    )
     return Section("cost", "What it cost", charts=[chart])
 
 
@@ -71,10 +75,18 @@ def _draw(view: View, lines: list[Line]) -> Any:
         box, offset, side = _free_place(x, y, 4.9 * len(name), taken)
         taken.append(box)
         axes.annotate(
-            name, (seconds, value), xytext=offset, textcoords="offset points", va="center", ha=side,
-            color=INK if line is view.winner else SOFT, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": SOFT, "alpha": 0.6} if abs(offset[1]) > 12 else None,
-        )  # fmt: skip
+            name,
+            (seconds, value),
+            xytext=offset,
+            textcoords="offset points",
+            va="center",
+            ha=side,
+            color=INK if line is view.winner else SOFT,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": SOFT, "alpha": 0.6}
+            if abs(offset[1]) > 12
+            else None,
+        )
     return made
 
 
@@ -82,7 +94,7 @@ Box = tuple[float, float, float, float]
 
 
 def _free_place(x: float, y: float, width: float, taken: list[Box]) -> tuple[Box, tuple[float, float], str]:
-    """The nearest place for a name beside a point, in points, that covers nothing; else to the right of it."""
+    """The nearest place for a name beside a point (all in points) that covers nothing; else its right."""
     choices = [(dx, dy) for dy in (0, 10, -10, 20, -20, 30, -30, 40, -40) for dx in (8, -8)]
     boxes = [
         (

@@ -32,28 +32,44 @@ def entropy(view: View) -> Section | None:
         for part in by_task[task].get("bins", [])
     ]
     tables = [
-        Table("Correlation of entropy and loss over test samples",
-              [Column("model"), Column("task"), Column("Spearman", "number"), Column("Pearson", "number")], rows),
-        Table(f"{line.label}: test samples in groups of like entropy (nats)",
-              [Column("task"), Column("entropy", "number"), Column("loss", "number"), Column("samples", "count")], bins),
-    ]  # fmt: skip
+        Table(
+            "Correlation of entropy and loss over test samples",
+            [Column("model"), Column("task"), Column("Spearman", "number"), Column("Pearson", "number")],
+            rows,
+        ),
+        Table(
+            f"{line.label}: test samples in groups of like entropy (nats)",
+            [
+                Column("task"),
+                Column("entropy", "number"),
+                Column("loss", "number"),
+                Column("samples", "count"),
+            ],
+            bins,
+        ),
+    ]
     known = {t: o["spearman"] for t, o in by_task.items() if isinstance(o.get("spearman"), (int, float))}
     lead = []
     if known:
         low = min(known, key=lambda task: known[task])
         mean = sum(known.values()) / len(known)
         lead = [
-            f"For {line.label} the rank correlation of entropy and true loss is {mean:.2f} in the mean over {len(known)} "
-            f"tasks, lowest on {low} ({known[low]:.2f}). The higher it is, the better entropy stands in for the labels "
+            f"For {line.label} the rank correlation of entropy and true loss is {mean:.2f} in the "
+            f"mean over {len(known)} "
+            f"tasks, lowest on {low} ({known[low]:.2f}). The higher it is, the better entropy "
+            "stands in for the labels "
             "that adaptation does not have."
         ]
     shown = names[:MOST]
     chart = Chart(
-        "entropy", f"Loss against entropy of test samples for {len(shown)} tasks; both rise together.",
-        lambda: _draw({task: by_task[task] for task in shown}), tables,
-        note="Dots: test samples" + (f" of the first {MOST} tasks" if len(names) > MOST else "")
+        "entropy",
+        f"Loss against entropy of test samples for {len(shown)} tasks; both rise together.",
+        lambda: _draw({task: by_task[task] for task in shown}),
+        tables,
+        note="Dots: test samples"
+        + (f" of the first {MOST} tasks" if len(names) > MOST else "")
         + ". Line: means of groups of like entropy. ρ: Spearman’s rank correlation.",
-    )  # fmt: skip
+    )
     return Section("entropy", "Is confident also right?", lead, [chart])
 
 
@@ -77,8 +93,14 @@ def _draw(by_task: Mapping[str, Any]) -> Any:
         axes.plot([b["entropy"] for b in bins], [b["loss"] for b in bins], color=SERIES[0], lw=1.8)
         rho = own.get("spearman")
         axes.set_title(short(task, 18), pad=12)
-        axes.annotate("" if rho is None else f"ρ = {rho:.2f}", (0, 1), xycoords="axes fraction", xytext=(0, 3),
-                      textcoords="offset points", color=SERIES[0])  # fmt: skip
+        axes.annotate(
+            "" if rho is None else f"ρ = {rho:.2f}",
+            (0, 1),
+            xycoords="axes fraction",
+            xytext=(0, 3),
+            textcoords="offset points",
+            color=SERIES[0],
+        )
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     for axes in list(grid.flat)[len(by_task) :]:

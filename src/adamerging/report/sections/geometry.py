@@ -37,11 +37,13 @@ def geometry(view: View) -> Section | None:
             Table("Lengths of the task vectors", [Column("expert"), Column("norm", "number")], norms)
         )
     chart = Chart(
-        "geometry", f"Matrices of {' and '.join(t.lower() for t in shown)} of {len(tasks)} task vectors.",
-        lambda: _draw(tasks, shown), tables,
-        note="A cosine near 0: unrelated, adding them does little harm. Sign conflicts: of the weights that both changed, the "
-        "share changed in opposite directions; 50 % is chance.",
-    )  # fmt: skip
+        "geometry",
+        f"Matrices of {' and '.join(t.lower() for t in shown)} of {len(tasks)} task vectors.",
+        lambda: _draw(tasks, shown),
+        tables,
+        note="A cosine near 0: unrelated, adding them does little harm. Sign conflicts: of the weights "
+        "that both changed, the share changed in opposite directions; 50 % is chance.",
+    )
     return Section("geometry", "Which tasks fight", _lead(tasks, shown, pairs), [chart])
 
 
@@ -52,8 +54,8 @@ def _lead(tasks: list[str], shown: dict[str, Matrix], pairs: list[tuple[int, int
         return []
     i, j = max(known, key=lambda pair: conflicts[pair[0]][pair[1]] or 0.0)
     return [
-        f"{tasks[i]} and {tasks[j]} conflict most: {100 * (conflicts[i][j] or 0.0):.0f} % of the weights that both changed "
-        "go opposite ways."
+        f"{tasks[i]} and {tasks[j]} conflict most: {100 * (conflicts[i][j] or 0.0):.0f} % of the "
+        "weights that both changed go opposite ways."
     ]
 
 

@@ -24,9 +24,15 @@ def kept(view: View) -> Section | None:
             rows.append([line.label, row.seed, normalised(row, tasks=view.tasks), *interval])
     table = Table(
         "Normalised accuracy: mean over the tasks of accuracy / the expert’s",
-        [Column("model"), Column("seed"), Column("kept, %", "percent"), Column("low", "percent"), Column("high", "percent")],
+        [
+            Column("model"),
+            Column("seed"),
+            Column("kept, %", "percent"),
+            Column("low", "percent"),
+            Column("high", "percent"),
+        ],
         rows,
-    )  # fmt: skip
+    )
     top, bottom = lines[-1], lines[0]
     chart = Chart(
         "kept",
@@ -35,7 +41,8 @@ def kept(view: View) -> Section | None:
         lambda: _draw(view, lines),
         [table],
         narrow=True,
-        note="Dot: mean over seeds. Line: 95 % interval from the size of the test data (the tasks’ bootstrap intervals, the "
+        note="Dot: mean over seeds. Line: 95 % interval from the size of the test data (the tasks’ bootstrap "
+        "intervals, the "
         "experts taken as exact). Small ticks: single seeds."
         + (
             " Hollow: not counted, see the mark."
@@ -60,8 +67,16 @@ def _value(view: View, line: Line) -> float:
 def _draw(view: View, lines: list[Line]) -> Any:
     made, axes = figure(0.55 + 0.25 * len(lines))
     axes.axvline(1.0, color=INK, lw=1, ls=(0, (4, 2)))
-    axes.annotate("experts", (1.0, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), ha="center",
-                  textcoords="offset points", color=INK, annotation_clip=False)  # fmt: skip
+    axes.annotate(
+        "experts",
+        (1.0, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        ha="center",
+        textcoords="offset points",
+        color=INK,
+        annotation_clip=False,
+    )
     for place, line in enumerate(lines):
         style, value = view.style(line.label), _value(view, line)
         interval = line.interval()
@@ -72,17 +87,30 @@ def _draw(view: View, lines: list[Line]) -> Any:
             axes.plot(seeds, [place] * len(seeds), ls="", marker="|", ms=9, mew=1, color=style.color)
         hollow = line.merged and not line.counts
         axes.plot(
-            value, place, marker="o", ms=6, color=style.color, mfc=PAPER if hollow else style.color, mew=1.4,
+            value,
+            place,
+            marker="o",
+            ms=6,
+            color=style.color,
+            mfc=PAPER if hollow else style.color,
+            mew=1.4,
             gid=f"kept {place}",
-        )  # fmt: skip
-        axes.annotate(f"{100 * value:.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center",
-                      color=INK if line is view.winner else SOFT, annotation_clip=False,
-                      weight="bold" if line is view.winner else "normal")  # fmt: skip
+        )
+        axes.annotate(
+            f"{100 * value:.1f}",
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=INK if line is view.winner else SOFT,
+            annotation_clip=False,
+            weight="bold" if line is view.winner else "normal",
+        )
     marked = {"oracle": " (oracle)", "labelled": " (labelled)"}
     names = [
-        short(line.label, 30) + "".join(text for mark, text in marked.items() if mark in line.marks and mark not in line.label)
+        short(line.label, 30)
+        + "".join(text for mark, text in marked.items() if mark in line.marks and mark not in line.label)
         for line in lines
-    ]  # fmt: skip
+    ]
     axes.set_yticks(range(len(lines)), names)
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.spines["left"].set_visible(False)

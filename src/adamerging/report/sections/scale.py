@@ -27,10 +27,12 @@ def scale(view: View) -> Section | None:
     shown = {title: curves for title, curves in shown.items() if curves}
     what = "Normalised accuracy" if relative else "Accuracy"
     chart = Chart(
-        "scale", f"{what} of {len(held_in)} methods against the number of merged experts.",
-        lambda: _draw(view, shown), [_table(f"{what}, %. {title}", curves) for title, curves in shown.items()],
+        "scale",
+        f"{what} of {len(held_in)} methods against the number of merged experts.",
+        lambda: _draw(view, shown),
+        [_table(f"{what}, %. {title}", curves) for title, curves in shown.items()],
         note="Lines: mean over random subsets of the experts and over seeds. Bands: one standard deviation.",
-    )  # fmt: skip
+    )
     return Section("scale", "More experts in one model", [f"{what} as more experts are merged."], [chart])
 
 
@@ -78,9 +80,13 @@ def _draw(view: View, shown: dict[str, Curves]) -> Any:
                 clip_on=False,
             )
             axes.fill_between(
-                sizes, [m - s for m, s in zip(means, std, strict=True)], [m + s for m, s in zip(means, std, strict=True)],
-                color=style.color, alpha=0.13, lw=0,
-            )  # fmt: skip
+                sizes,
+                [m - s for m, s in zip(means, std, strict=True)],
+                [m + s for m, s in zip(means, std, strict=True)],
+                color=style.color,
+                alpha=0.13,
+                lw=0,
+            )
             ends.append((sizes[-1], means[-1], label, style.color))
         axes.set_title(title)
         axes.set_xlabel("experts merged")

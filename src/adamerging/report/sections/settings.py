@@ -23,10 +23,8 @@ def settings(view: View) -> Section:
     own = {_name(row.label, row.seed, row.group): row.settings for row in run.rows if row.settings}
     if own:
         text.append(("Settings of each model", _yaml(own)))
-    sources: list[list[Cell]] = [
-        ["base", run.base],
-        *([f"expert {n}", path] for n, path in run.experts.items()),
-    ]
+    sources: list[list[Cell]] = [["base", run.base]]
+    sources.extend([f"expert {name}", path] for name, path in run.experts.items())
     tables = [Table("What was merged", [Column("weights"), Column("from")], sources)]
     if run.tasks:
         tables.append(

@@ -22,19 +22,25 @@ def shift(view: View) -> Section | None:
     own = {name: by_severity(rows, name) for name in found}
     charts = [
         Chart(
-            "shift", f"Mean accuracy of {len(mean)} models from clean data to severity {max(map(max, found.values()))}.",
-            lambda: _draw_mean(view, mean), [_table("Mean over the corruptions, %", mean)],
-            narrow=True, note="Severity 0 is clean data of the same tasks.",
+            "shift",
+            f"Mean accuracy of {len(mean)} models, clean to severity {max(map(max, found.values()))}.",
+            lambda: _draw_mean(view, mean),
+            [_table("Mean over the corruptions, %", mean)],
+            narrow=True,
+            note="Severity 0 is clean data of the same tasks.",
         )
-    ]  # fmt: skip
+    ]
     if len(found) > 1:
         charts.append(
             Chart(
-                "shift-each", f"The same for each of {len(found)} corruptions: {', '.join(found)}.",
-                lambda: _draw_each(view, own), [_table(f"{name}, %", values) for name, values in own.items()],
-                title="Each corruption", note="Colours as above; the unnamed methods in grey.",
+                "shift-each",
+                f"The same for each of {len(found)} corruptions: {', '.join(found)}.",
+                lambda: _draw_each(view, own),
+                [_table(f"{name}, %", values) for name, values in own.items()],
+                title="Each corruption",
+                note="Colours as above; the unnamed methods in grey.",
             )
-        )  # fmt: skip
+        )
     return Section("shift", "When inputs get worse", _lead(view, rows, mean), charts)
 
 
@@ -75,14 +81,23 @@ def _table(caption: str, values: dict[str, dict[int, float]]) -> Table:
 def _lines(
     view: View, axes: Any, values: dict[str, dict[int, float]], thin: float = 1.0
 ) -> list[tuple[float, float, str, str]]:
-    ends = []
+    ends: list[tuple[float, float, str, str]] = []
     for label, own in values.items():
         style = view.style(label)
         if not style.strong:
             axes.plot(list(own), list(own.values()), color=style.color, lw=0.8, alpha=0.45, zorder=1)
             continue
-        axes.plot(list(own), list(own.values()), color=style.color, ls=style.dash, lw=style.width * thin,
-                  marker=style.marker, ms=3.5, zorder=3, clip_on=False)  # fmt: skip
+        axes.plot(
+            list(own),
+            list(own.values()),
+            color=style.color,
+            ls=style.dash,
+            lw=style.width * thin,
+            marker=style.marker,
+            ms=3.5,
+            zorder=3,
+            clip_on=False,
+        )
         ends.append((max(own), own[max(own)], label, style.color))
     return ends
 

@@ -36,20 +36,28 @@ def surface(view: View) -> Section | None:
     )
     best = {title: _lowest(found, values) for title, values in shown.items()}
     (x1, y1), (x2, y2) = best.values()
-    lead = f"Loss is lowest at λ = {x1:.2g} for {a} and {y1:.2g} for {b}; entropy, which needs no labels, at {x2:.2g} and {y2:.2g}."
+    lead = (
+        f"Loss is lowest at λ = {x1:.2g} for {a} and {y1:.2g} for {b}; entropy, which needs no labels, at "
+        f"{x2:.2g} and {y2:.2g}."
+    )
     chart = Chart(
-        "surface", f"Contours of loss and of entropy over the coefficients of {a} and {b}.",
-        lambda: _draw(found, shown, best), [table], note="Dot: the lowest point of the grid. Darker is lower.",
-    )  # fmt: skip
+        "surface",
+        f"Contours of loss and of entropy over the coefficients of {a} and {b}.",
+        lambda: _draw(found, shown, best),
+        [table],
+        note="Dot: the lowest point of the grid. Darker is lower.",
+    )
     return Section("surface", "The ground that learning walks on", [lead], [chart])
 
 
 def _sound(found: Mapping[str, Any]) -> bool:
     x, y = found.get("x") or [], found.get("y") or []
     grids = [found.get("loss") or [], found.get("entropy") or []]
-    return len(found.get("tasks") or []) == 2 and min(len(x), len(y)) > 1 and all(
-        len(g) == len(y) and all(len(row) == len(x) and None not in row for row in g) for g in grids
-    )  # fmt: skip
+    return (
+        len(found.get("tasks") or []) == 2
+        and min(len(x), len(y)) > 1
+        and all(len(g) == len(y) and all(len(row) == len(x) and None not in row for row in g) for g in grids)
+    )
 
 
 def _lowest(found: Mapping[str, Any], values: list[list[float]]) -> tuple[float, float]:

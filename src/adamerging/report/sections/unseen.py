@@ -31,11 +31,15 @@ def unseen(view: View) -> Section | None:
     lead = [f"Best is {first} with {percent(means[first] or 0.0)} mean accuracy"]
     lead[0] += f"; the base has {percent(base)}." if base is not None and first != "base" else "."
     chart = Chart(
-        "unseen", f"Mean accuracy on {len(view.unseen)} unseen tasks by model.",
-        lambda: _draw(view, order, cells, means), [table],
-        narrow=True, note="Dot: mean over the tasks. Ticks: single tasks. Every model answers under the same head, fitted once on the "
+        "unseen",
+        f"Mean accuracy on {len(view.unseen)} unseen tasks by model.",
+        lambda: _draw(view, order, cells, means),
+        [table],
+        narrow=True,
+        note="Dot: mean over the tasks. Ticks: single tasks. Every model answers under the same head, fitted "
+        "once on the "
         "base’s features.",
-    )  # fmt: skip
+    )
     return Section("unseen", "Tasks that no expert saw", lead, [chart])
 
 
@@ -60,10 +64,14 @@ def leave_out(view: View) -> Section | None:
         [row for row in cells if row[2] is not None or row[3] is not None],
     )
     return Section(
-        "leave-out", "With tasks left out of the merge",
-        [f"Each model was made anew for {len(groups)} split{'s' * (len(groups) != 1)}, without the experts of the tasks left out."],
+        "leave-out",
+        "With tasks left out of the merge",
+        [
+            f"Each model was made anew for {len(groups)} split{'s' * (len(groups) != 1)}, "
+            "without the experts of the tasks left out."
+        ],
         tables=[table],
-    )  # fmt: skip
+    )
 
 
 def _pair(rows: list[Row]) -> tuple[float | None, float | None]:
@@ -88,8 +96,14 @@ def _draw(
         axes.plot(means[label], place, marker="o", ms=6, color=style.color)
         value = means[label]
         assert value is not None
-        axes.annotate(f"{100 * value:.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center",
-                      color=INK if place == len(order) - 1 else SOFT, annotation_clip=False)  # fmt: skip
+        axes.annotate(
+            f"{100 * value:.1f}",
+            (1.01, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=INK if place == len(order) - 1 else SOFT,
+            annotation_clip=False,
+        )
     axes.set_yticks(range(len(order)), [short(label, 30) for label in order])
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.spines["left"].set_visible(False)
