@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -40,9 +41,9 @@ class Browser:
         assert program is not None
         from_browser, to_us = os.pipe()
         from_us, to_browser = os.pipe()
-        command = (  # the browser reads from 3 and writes to 4, which these may be themselves
-            f'exec 18<&{from_us} 19>&{to_us}; exec 3<&18 4>&19 18<&- 19>&-; exec "$0" "$@"'
-        )
+        # The browser reads from 3 and writes to 4, which ours may be: they are moved out of the way first.
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 100) for end in (from_us, to_us)]
+        command = f'exec 3<&{ends[0]} 4>&{ends[1]}; exec "$0" "$@"'
         flags = [
             "--headless=new",
             "--no-sandbox",
@@ -55,12 +56,12 @@ class Browser:
         ]
         self.process = subprocess.Popen(
             ["bash", "-c", command, program, *flags],
-            pass_fds=(from_us, to_us),
+            pass_fds=ends,
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        os.close(from_us)
-        os.close(to_us)
+        for end in (from_us, to_us, *ends):
+            os.close(end)
         self.reader, self.writer = from_browser, to_browser
         self.number, self.buffer, self.session = 0, b"", None
         self.complaints: list[str] = []

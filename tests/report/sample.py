@@ -105,6 +105,21 @@ def make_run(seeds: int = 3, *, complete: bool = True, hard: bool = False, many:
     )
 
 
+def bare(run: Comparison, *kept: str) -> Comparison:
+    """The run with clean scores alone, and those further parts: why, coefficients, geometry, ..."""
+    run = run.model_copy(deep=True)
+    run.rows = [row for row in run.rows if row.group is None]
+    for row in run.rows:
+        row.scores = [s for s in row.scores if s.condition == "clean" and not s.unseen]
+        for part, nothing in (("history", []), ("coefficients", None), ("why", {}), ("seconds", None)):
+            if part not in kept:
+                setattr(row, part, nothing)
+    run.geometry = run.geometry if "geometry" in kept else None
+    run.slice = run.slice if "slice" in kept else None
+    run.planned = len(run.rows) if run.complete else run.planned
+    return run
+
+
 HARD_NAMES = [
     "<script>document.title='broken'</script>",
     "a \"quoted\" & 'odd' <b>name</b>",

@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from sample import make_run, save_run
 
 from adamerging.errors import UsageError
+from adamerging.evaluation.records import Comparison
 from adamerging.report.load import load_run, printable
 
 
+def few_rows() -> Comparison:
+    made = make_run(1)
+    return made.model_copy(update={"rows": made.rows[:3], "planned": 3})
+
+
 def test_every_row_comes_back(tmp_path: Path) -> None:
-    made = make_run()
+    made = make_run(1)
     found = load_run(save_run(tmp_path / "run", made))
     assert found.comparison == made
     assert (found.problems, found.missing) == ((), 0)
@@ -42,7 +48,7 @@ def test_rows_in_the_comparison_itself_are_not_doubled(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_row_is_named_and_left_out(tmp_path: Path, content: bytes, reason: str) -> None:
-    folder = save_run(tmp_path / "run", make_run(1))
+    folder = save_run(tmp_path / "run", few_rows())
     (folder / "rows" / "000.json").write_bytes(content)
     found = load_run(folder)
     assert found.missing == 1
@@ -54,14 +60,14 @@ def test_a_damaged_row_is_named_and_left_out(tmp_path: Path, content: bytes, rea
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"format": 99})])
 def test_without_a_readable_comparison_there_is_no_run(tmp_path: Path, content: str) -> None:
-    folder = save_run(tmp_path / "run", make_run(1))
+    folder = save_run(tmp_path / "run", few_rows())
     (folder / "comparison.json").write_text(content)
     with pytest.raises(UsageError, match=r"comparison\.json cannot be read"):
         load_run(folder)
 
 
 def test_a_newer_format_says_so(tmp_path: Path) -> None:
-    folder = save_run(tmp_path / "run", make_run(1))
+    folder = save_run(tmp_path / "run", few_rows())
     (folder / "comparison.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(UsageError, match="upgrade adamerging"):
         load_run(folder)

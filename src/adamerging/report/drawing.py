@@ -88,6 +88,7 @@ def styled(draw: Callable[[], Any], width: float = WIDE) -> Any:
         with rc_context(_RC), _quiet():
             made = draw()
             made.draw_without_rendering()
+            made.set_layout_engine("none")  # once is enough: each file would do it again
             return made
     finally:
         _width.reset(token)
