@@ -78,7 +78,8 @@ def test_texts_in_charts_are_texts_inside_their_pictures(browser: Browser, html:
     browser.open(html, 1200)
     outside = browser.evaluate(
         "[...document.querySelectorAll('.wide svg, .plot svg')].filter(s => s.getBoundingClientRect().width)"
-        ".flatMap(s => { const box = s.getBoundingClientRect(); return [...s.querySelectorAll('text')].filter(t => {"
+        ".flatMap(s => { const box = s.getBoundingClientRect();"
+        "return [...s.querySelectorAll('text')].filter(t => {"
         "const b = t.getBoundingClientRect(); return b.right > box.right + 4 || b.left < box.left - 4 })"
         ".map(t => t.textContent) })"
     )

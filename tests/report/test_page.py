@@ -175,7 +175,7 @@ def test_an_interrupted_run_says_so_on_top(tmp_path: Path) -> None:
 
 
 def test_odd_names_are_text_and_nothing_else(tmp_path: Path) -> None:
-    page = make_page(load_run(save_run(tmp_path / "run", bare(make_run(1, hard=True), "geometry", "why"))))
+    page = make_page(load_run(save_run(tmp_path / "run", bare(make_run(1, hard=True), "geometry"))))
     found = Reader(page.html)
     assert "script" not in found.tags
     assert "b" not in found.tags
