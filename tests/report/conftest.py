@@ -14,7 +14,7 @@ from adamerging.report.page import Page, make_page
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run. Read only."""
-    return save_run(tmp_path_factory.mktemp("report") / "run", make_run())
+    return save_run(tmp_path_factory.mktemp("report") / "run", make_run(2))
 
 
 @pytest.fixture(scope="session")

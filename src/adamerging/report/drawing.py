@@ -87,7 +87,7 @@ def styled(draw: Callable[[], Any], width: float = WIDE) -> Any:
     try:
         with rc_context(_RC), _quiet():
             made = draw()
-            made.draw_without_rendering()
+            made.get_layout_engine().execute(made)
             made.set_layout_engine("none")  # once is enough: each file would do it again
             return made
     finally:

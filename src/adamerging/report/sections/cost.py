@@ -65,7 +65,7 @@ def _draw(view: View, lines: list[Line]) -> Any:
     axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.grid(axis="both")
     percents(axes.yaxis)
-    made.draw_without_rendering()  # settles where the points are
+    made.get_layout_engine().execute(made)  # settles where the points are
     places = axes.transData.transform([(seconds, value) for _, seconds, value in points]) * 72 / made.dpi
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     for (line, seconds, value), (x, y) in sorted(
