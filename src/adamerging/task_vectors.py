@@ -20,8 +20,8 @@ from .plan import Entry, Plan
 from .schedule import Schedule, value_at
 from .weights.source import Factors, Weights
 
-CHUNK_VALUES = 1 << 20
-"""How many values one piece of a stack holds, all experts together: 4 MiB in float32.
+CHUNK_VALUES = 1 << 19
+"""How many values one piece of a stack holds, all experts together: 2 MiB in float32.
 
 Smaller pieces would fit a core's cache better, but threads would then wait for the interpreter's lock.
 """

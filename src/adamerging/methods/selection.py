@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .stage import Chunk, Stream
 
-_SAMPLE = 1 << 16  # values of each row that the first bracket is guessed from, of one tensor
+_SAMPLE = 1 << 18  # values that the first brackets are guessed from, of all rows together
 _HELD = 1 << 20  # values in brackets, all together, that are held before they go into histograms
-_BINS = 1 << 21  # bins of all histograms together
+_BINS = 1 << 19  # bins of all histograms together
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,8 @@ def _search(stream: Stream, searches: Sequence[_Search]) -> None:
         return {row: _bits_of_magnitudes(chunk.stack[row].to(stream.dtype)) for row in rows}
 
     if searches:
-        guesses = list(stream.sample(magnitudes, min(2 * _SAMPLE, max(_SAMPLE, stream.numel() // 64))))
+        share = _SAMPLE // len(rows)
+        guesses = list(stream.sample(magnitudes, min(2 * share, max(share, stream.numel() // 64))))
         for row in rows:
             sample = np.sort(np.concatenate([guess[row] for guess in guesses]))
             for search in (search for search in searches if search.row == row):
