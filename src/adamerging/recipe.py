@@ -25,6 +25,7 @@ from pydantic import (
 from . import mergekit
 from .adaptation.settings import PRESETS, AdaptSettings
 from .errors import UsageError
+from .evaluation.settings import CompareSettings, Entry, Shift, Unseen
 from .tasks.spec import TaskSpec, beside
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -127,6 +128,9 @@ class Recipe(Settings):
     transductive: bool = Field(
         False, description="The data to adapt to and to score on may overlap; the record says so."
     )
+    compare: CompareSettings | None = Field(
+        None, description="What `adamerging compare` compares, and how it scores."
+    )
     _notes: tuple[str, ...] = PrivateAttr(())
 
     @property
@@ -225,11 +229,13 @@ def override(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
     A change replaces the field, with these exceptions. Options add to those of the same method; another
     method drops the options of the old one. Weights by expert change those experts' and leave the others'.
-    Settings of `adapt` and of each task change one by one.
+    Settings of `adapt`, of `compare` and of each task change one by one.
     """
     result = {**fields, **changes}
     if "adapt" in changes:
         result["adapt"] = {**_settings_of(fields.get("adapt")), **_settings_of(changes["adapt"])}
+    if isinstance(changes.get("compare"), Mapping):
+        result["compare"] = {**(fields.get("compare") or {}), **changes["compare"]}
     if isinstance(changes.get("tasks"), Mapping) and isinstance(fields.get("tasks"), Mapping):
         old, new = fields["tasks"], changes["tasks"]
         result["tasks"] = {name: {**(old.get(name) or {}), **new.get(name, {})} for name in {**old, **new}}
@@ -286,8 +292,12 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         depth = len(problem["loc"])
-        nested: dict[str, type[BaseModel]] = {"experts": Expert, "tasks": TaskSpec, "adapt": AdaptSettings}
+        nested: dict[str, type[BaseModel]] = {
+            "experts": Expert, "tasks": TaskSpec, "adapt": AdaptSettings, "compare": CompareSettings,
+        }  # fmt: skip
         part = nested.get(problem["loc"][0], model) if depth > 1 else model
+        if part is CompareSettings and depth > 2:
+            part = {"shift": Shift, "unseen": Unseen}.get(problem["loc"][1], Entry)
         known = part.model_fields
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
         return f"unknown key '{key}'" + (
@@ -311,6 +321,13 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
     tasks, adapt = fields.get("tasks"), fields.get("adapt")
     for spec in tasks.values() if isinstance(tasks, dict) else ():
         for key in ("adapt", "evaluate", "tokenizer", "processor", "head"):
+            if isinstance(spec, dict) and isinstance(spec.get(key), str):
+                spec[key] = beside(recipe.parent, spec[key])
+    compare = fields.get("compare")
+    unseen = compare.get("unseen") if isinstance(compare, dict) else None
+    others = unseen.get("tasks") if isinstance(unseen, dict) else None
+    for spec in others.values() if isinstance(others, dict) else ():
+        for key in ("train", "adapt", "evaluate", "tokenizer", "processor", "head"):
             if isinstance(spec, dict) and isinstance(spec.get(key), str):
                 spec[key] = beside(recipe.parent, spec[key])
     if isinstance(adapt, dict) and isinstance(adapt.get("coefficients"), str):

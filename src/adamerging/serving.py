@@ -130,7 +130,7 @@ class MergedModel:
         columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [items]
         for column in columns:
             check_inputs(column, _DATA_KINDS.get(ready.kind, "text"), f"inputs for task '{task}'")
-        from .evaluation.scores import logits_of
+        from .evaluation.inference import logits_of
 
         samples = Samples(items, None, "inputs", "")
         logits = logits_of(ready.module, ready.task, samples, batch_size=batch_size, device=self.device)
