@@ -215,7 +215,13 @@ def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
         name = None
         if learner.task.settings.get("kind", "module") != "module":  # what a module does has no fingerprint
             expert = content[0], content[number + 1]
-            name = key("logits", expert, content_of_task(learner.task, learner.task.adapt), samples, settings.precision)
+            name = key(
+                "logits",
+                expert,
+                content_of_task(learner.task, learner.task.adapt),
+                samples,
+                settings.precision,
+            )
         stored = cached_logits(name) if name is not None else None
         if stored is None:
             say(f"predictions of expert '{learner.task.name}' on {len(samples)} samples")

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .metrics import Metrics, metrics
     from .records import Comparison, Row, ScoreRecord, TaskRecord
     from .scores import Score, accuracy, normalised_accuracy
-    from .store import read_comparison
 
 _HOME = {
     "Comparison": "records",
@@ -27,7 +26,6 @@ _HOME = {
     "logits_of": "inference",
     "metrics": "metrics",
     "normalised_accuracy": "scores",
-    "read_comparison": "store",
 }
 
 __all__ = [
@@ -43,7 +41,6 @@ __all__ = [
     "logits_of",
     "metrics",
     "normalised_accuracy",
-    "read_comparison",
 ]
 
 

@@ -5,6 +5,7 @@ They lie in the cache of `adamerging.adaptation.cache`, which ``adamerging cache
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..adaptation.cache import cache_folder, cached, key
 from ..adaptation.session import content_of_task
+from ..output.tensors import TensorWriter
 from ..tasks.task import Samples, Task
 from ..weights.source import Spec, Weights
 from .metrics import Metrics
@@ -54,7 +56,7 @@ def result_key(model: str, head: str, task: Task, samples: Samples) -> str | Non
 
 
 def find(name: str | None, samples: int, *, logits: bool) -> Result | None:
-    """The result stored under a key; None when there is none, it is damaged, or lacks logits that are wanted."""
+    """The result stored under a key; None without one, or one without wanted logits."""
     if name is None:
         return None
     path = cache_folder() / f"{name}.safetensors"
@@ -85,10 +87,13 @@ def keep(name: str | None, result: Result) -> None:
     if result.logits is not None:
         tensors["logits"] = result.logits.float()
     specs = {label: Spec(tuple(tensor.shape), tensor.dtype) for label, tensor in tensors.items()}
-    try:
-        cached(name, specs, lambda writer: [writer.write(tensor) for tensor in tensors.values()] and None)
-    except OSError:
-        return
+
+    def fill(writer: TensorWriter) -> None:
+        for tensor in tensors.values():
+            writer.write(tensor.contiguous())
+
+    with contextlib.suppress(OSError):
+        cached(name, specs, fill)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

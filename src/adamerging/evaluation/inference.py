@@ -32,9 +32,7 @@ class Feed:
         keep: bytes of ready inputs that may be kept for the next model.
     """
 
-    def __init__(
-        self, task: Task, samples: Samples, *, batch_size: int | None = None, keep: int = 0
-    ) -> None:
+    def __init__(self, task: Task, samples: Samples, *, batch_size: int | None = None, keep: int = 0) -> None:
         self.task, self.keep = task, keep
         self._kept: dict[int, Inputs] = {}
         self._inputs: Sequence[object] = samples.inputs

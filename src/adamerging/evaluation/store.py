@@ -1,4 +1,4 @@
-"""The folder of a comparison: written row by row, each file whole or not at all; read back as records."""
+"""The folder of a comparison: written row by row, each file whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import OutputError, UsageError
-from .records import FORMAT, Comparison, Row
+from .records import Comparison, Row
 
 RUN = "comparison.json"
 ROWS = "rows"
@@ -41,7 +41,8 @@ class RunFolder:
         known = (self.path / RUN).exists() or (self.path / ROWS).is_dir()
         if self.path.is_dir() and not known and any(p.name != ".lock" for p in self.path.iterdir()):
             raise OutputError(
-                f"{self.path} holds other files and no {RUN}; name a new folder, or that of an earlier comparison"
+                f"{self.path} holds other files and no {RUN}; name a new folder, or that of an earlier "
+                "comparison"
             )
         try:
             (self.path / ROWS).mkdir(parents=True, exist_ok=True)
@@ -113,34 +114,6 @@ def row_name(label: str, group: str | None, seed: int | None) -> str:
     exact = hashlib.sha256(json.dumps([label, group, seed]).encode()).hexdigest()[:8]
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{group or ''} {label}").strip("-").lower()[:60]
     return "-".join(part for part in (words, "" if seed is None else f"seed{seed}", exact) if part)
-
-
-def read_comparison(folder: str | Path) -> Comparison:
-    """The records of a run, in their order; rows that are not there yet are missing.
-
-    Args:
-        folder: that `compare` wrote.
-
-    Raises:
-        UsageError: no such run, or a record that cannot be read; each is named.
-    """
-    path = Path(folder).expanduser()
-    run = _read(path / RUN, Comparison)
-    if run is None:
-        raise UsageError(f"{path} is no folder of a comparison: it has no {RUN}")
-    if run.format != FORMAT:
-        raise UsageError(f"{path / RUN} has format {run.format}; this version reads format {FORMAT}")
-    problems, rows = [], []
-    for name in run.order:
-        try:
-            row = _read(path / ROWS / f"{name}.json", Row)
-        except UsageError as error:
-            problems.append(str(error))
-            continue
-        rows += [row] if row is not None else []
-    if problems:
-        raise UsageError("\n".join([*problems, "Remove these files and run the comparison again."]))
-    return run.model_copy(update={"rows": rows})
 
 
 def _read(path: Path, model: type[M]) -> M | None:
