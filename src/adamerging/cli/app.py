@@ -14,6 +14,7 @@ from .failing import TRACEBACK, guard
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
+from .report import report
 from .serving import export, predict
 
 EPILOG = "\n\n".join(
@@ -37,6 +38,7 @@ app.command(epilog=EPILOG)(merge)
 app.command(epilog=EPILOG)(inspect)
 app.command()(methods)
 app.command()(cache)
+app.command()(report)
 app.command()(predict)
 app.command()(export)
 

@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..units import count as count
+from ..units import duration as duration
+from ..units import size as size
+
 WIDE = 200
 """Columns where there is no terminal that would say how many it has: a program reads, nothing need fit."""
 
@@ -76,29 +80,3 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for row in rows:
         result.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return result
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units, as disks are sold: 267 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
-
-
-def count(number: float) -> str:
-    """A number of parameters: 66.4 M."""
-    for unit in ("", " k", " M", " G"):
-        if number < 999.5:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g} T"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or minutes and hours where there are many."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
