@@ -97,7 +97,7 @@ def merged_rows(
         if item.label == AVERAGE and not item.learned and not item.entry.sweep:
             continue
         seeded = any(candidate.seeded for candidate in item.candidates())
-        oracle = ", oracle" if item.entry.sweep and item.entry.choose_on == "test" else ""
+        oracle = " (oracle)" if item.entry.sweep and item.entry.choose_on == "test" else ""
         kind: RowKind = "learned" if item.learned else "static"
         rows += [
             Planned(f"{item.label}{oracle}", kind, experts, tasks, item, seed, group)
