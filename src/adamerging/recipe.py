@@ -229,13 +229,11 @@ def override(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
     A change replaces the field, with these exceptions. Options add to those of the same method; another
     method drops the options of the old one. Weights by expert change those experts' and leave the others'.
-    Settings of `adapt`, of `compare` and of each task change one by one.
+    Settings of `adapt` and of each task change one by one.
     """
     result = {**fields, **changes}
     if "adapt" in changes:
         result["adapt"] = {**_settings_of(fields.get("adapt")), **_settings_of(changes["adapt"])}
-    if isinstance(changes.get("compare"), Mapping):
-        result["compare"] = {**(fields.get("compare") or {}), **changes["compare"]}
     if isinstance(changes.get("tasks"), Mapping) and isinstance(fields.get("tasks"), Mapping):
         old, new = fields["tasks"], changes["tasks"]
         result["tasks"] = {name: {**(old.get(name) or {}), **new.get(name, {})} for name in {**old, **new}}

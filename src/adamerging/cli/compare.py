@@ -16,6 +16,8 @@ from .failing import guard
 
 if TYPE_CHECKING:
     from ..evaluation.records import Comparison
+    from ..evaluation.settings import Entry
+    from ..recipe import Recipe
 
 
 class Format(str, Enum):
@@ -40,7 +42,7 @@ def compare(
             "-m",
             metavar="NAME,NAME",
             help="Methods (adamerging methods lists them) and presets of learning (adamerging, recommended, "
-            "paper, paper++, released, fusionbench), instead of the recipe's.",
+            "paper, paper++, released, fusionbench), or labels of the recipe's own; instead of all of the recipe's.",
         ),
     ] = None,
     seeds: Annotated[
@@ -74,12 +76,15 @@ def compare(
     from ..recipe import load_recipe
 
     changes = flags.given(methods=names_of(methods), seeds=numbers_of(seeds), limit=limit)
-    loaded = load_recipe(recipe, {"compare": changes} if changes else {})
+    loaded = load_recipe(recipe)
+    if "methods" in changes:
+        own = described(loaded)
+        changes["methods"] = [{name: own[name]} if name in own else name for name in changes["methods"]]
     from ..evaluation.compare import compare as run
 
     folder = out if out is not None else Path("runs") / recipe.stem
     with progress() as say:
-        found = run(loaded, out=folder, say=say)
+        found = run(loaded, out=folder, say=say, **changes)
     _print(found, folder, form, as_json)
 
 
@@ -93,6 +98,12 @@ def names_of(arguments: list[str] | None) -> list[str]:
     if any(not name for name in names):
         raise UsageError("--methods takes names with commas between them, as ties,dare")
     return names
+
+
+def described(recipe: Recipe) -> dict[str, Entry | None]:
+    """What the recipe itself says of the models that it compares, by label."""
+    listed = recipe.compare.methods if recipe.compare is not None else []
+    return {label: entry for item in listed if not isinstance(item, str) for label, entry in item.items()}
 
 
 def numbers_of(text: str | None) -> list[int]:

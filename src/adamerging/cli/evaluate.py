@@ -43,7 +43,10 @@ def evaluate(
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="PATH", help="The base, where the folder is an adapter.")
+        str | None,
+        typer.Option(
+            "--base", metavar="PATH", help="The base, where the folder is an adapter or has no tokenizer."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Score on the first so many samples of each task.")

@@ -131,6 +131,8 @@ class _Run:
         order = sorted(self.planned, key=lambda planned: planned.kind != "expert")
         try:
             for number, planned in enumerate(order, 1):
+                if planned.kind != "expert" and order[number - 2].kind == "expert":
+                    self._measure_experts()
                 self._row(planned, f"{number}/{len(order)}")
         except (KeyboardInterrupt, InterruptedRun):
             raise InterruptedRun(
@@ -155,6 +157,14 @@ class _Run:
             self.experts |= {(score.task, score.condition): score.accuracy for score in own}
         self.rows[name] = row
         self.on_row(row)
+
+    def _measure_experts(self) -> None:
+        """Divide what experts reach on others' tasks by what those reach: known once all were scored."""
+        for name, row in self.rows.items():
+            scores = normalised(row.scores, self.experts)
+            if scores != row.scores:
+                self.rows[name] = row.model_copy(update={"scores": scores})
+                self.folder.write_row(name, self.rows[name])
 
     def _computed(self, planned: Planned, key: str) -> Row:
         row = Row(

@@ -27,7 +27,7 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
     bench = maker.bench
     shift = bench.settings.shift
     assert shift is not None and planned.wanted is not None
-    shifted_task: Callable[[Task, str, int, int], Task] = import_module(".shift", __package__).shifted_task
+    shifted_task: Callable[..., Task] = import_module(".shift", __package__).shifted_task
     chosen = next(
         candidate
         for candidate in planned.wanted.candidates(planned.seed)
@@ -37,7 +37,7 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
     for condition in _conditions(bench, planned.tasks):
         name, _, severity = condition.rpartition(":")
         affected = {
-            task: shifted_task(bench.seats[task].task, name, int(severity), shift.seed)
+            task: shifted_task(bench.seats[task].task, name, int(severity), seed=shift.seed)
             for task in planned.experts
             if task in bench.seats and (shift.tasks is None or task in shift.tasks)
         }
