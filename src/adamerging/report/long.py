@@ -1,4 +1,4 @@
-"""Records → CSV, one line a model, task and condition: everything that was measured, for a program to read."""
+"""Records → CSV, one line a model, task and condition: all that was measured, for a program to read."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..evaluation.records import CLEAN
 from ..units import duration
 from .aggregate import Spread, normalised_interval, spread
 from .lines import MARKS, Line, lines_of, seen_tasks, unseen_tasks
@@ -71,7 +72,7 @@ def rich_table(cells: Cells, width: int, title: str = "Accuracy, %") -> Group:
     parts = [summary + tasks] if wide else [summary]
     if not wide:
         parts += [tasks[start : start + room] for start in range(0, len(tasks), room)]
-    tables = []
+    tables: list[Table | Text] = []
     for number, part in enumerate(parts):
         table = Table(
             title=title if number == 0 else None, box=None, pad_edge=False, padding=(0, 1, 0, 0),
@@ -116,9 +117,9 @@ def latex(cells: Cells) -> str:
 
 
 def _row(line: Line, tasks: Sequence[str], unseen: Sequence[str], condition: str | None) -> list[str]:
-    named = {} if condition is None else {"condition": condition}
+    under = CLEAN if condition is None else condition
     signs = "".join(SIGNS[mark] for mark in line.marks)
-    intervals = [normalised_interval(row, **named) for row in line.rows]
+    intervals = [normalised_interval(row, under) for row in line.rows]
     low = spread(None if found is None else found[0] for found in intervals)
     high = spread(None if found is None else found[1] for found in intervals)
     seconds = spread(row.seconds for row in line.rows if line.kind not in ("base", "expert"))
@@ -130,8 +131,8 @@ def _row(line: Line, tasks: Sequence[str], unseen: Sequence[str], condition: str
         _percent(kept),
         f"{low.mean * 100:.1f}–{high.mean * 100:.1f}" if low and high and line.kind != "expert" else "",
         duration(seconds.mean) if seconds else "",
-        *(_percent(line.accuracy(task, **named), short=True) for task in tasks),
-        *(_percent(line.accuracy(task, unseen=True, **named), short=True) for task in unseen),
+        *(_percent(line.accuracy(task, under), short=True) for task in tasks),
+        *(_percent(line.accuracy(task, under, unseen=True), short=True) for task in unseen),
     ]
 
 
