@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         UsageError,
         WeightsError,
     )
+    from .evaluation.compare import compare
+    from .evaluation.folder import evaluate
     from .plan import Plan, make_plan
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
@@ -37,6 +39,8 @@ _HOME = {
     "UnsafeFileError": "errors",
     "UsageError": "errors",
     "WeightsError": "errors",
+    "compare": "evaluation.compare",
+    "evaluate": "evaluation.folder",
     "Plan": "plan",
     "make_plan": "plan",
     "Recipe": "recipe",
@@ -72,7 +76,9 @@ __all__ = [
     "UsageError",
     "WeightsError",
     "adapt",
+    "compare",
     "embedding_text_task",
+    "evaluate",
     "export",
     "image_task",
     "load",

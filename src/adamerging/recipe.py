@@ -23,6 +23,7 @@ from pydantic import (
 from . import mergekit
 from .adaptation.settings import PRESETS, AdaptSettings
 from .errors import UsageError
+from .evaluation.settings import CompareSettings
 from .tasks.spec import TaskSpec, beside
 from .validation import make
 
@@ -124,6 +125,9 @@ class Recipe(Settings):
     )
     transductive: bool = Field(
         False, description="The data to adapt to and to score on may overlap; the record says so."
+    )
+    compare: CompareSettings | None = Field(
+        None, description="What `adamerging compare` compares, and how it scores."
     )
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -278,6 +282,13 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
     tasks, adapt = fields.get("tasks"), fields.get("adapt")
     for spec in tasks.values() if isinstance(tasks, dict) else ():
         for key in ("adapt", "evaluate", "tokenizer", "processor", "head"):
+            if isinstance(spec, dict) and isinstance(spec.get(key), str):
+                spec[key] = beside(recipe.parent, spec[key])
+    compare = fields.get("compare")
+    unseen = compare.get("unseen") if isinstance(compare, dict) else None
+    others = unseen.get("tasks") if isinstance(unseen, dict) else None
+    for spec in others.values() if isinstance(others, dict) else ():
+        for key in ("train", "adapt", "evaluate", "tokenizer", "processor", "head"):
             if isinstance(spec, dict) and isinstance(spec.get(key), str):
                 spec[key] = beside(recipe.parent, spec[key])
     if isinstance(adapt, dict) and isinstance(adapt.get("coefficients"), str):

@@ -282,6 +282,26 @@ def _in_memory(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, dict[st
     }
 
 
+def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Workers) -> None:
+    """Stream the merged body into tensors that exist: no second model is held.
+
+    Args:
+        tensors: by the base's names, in their shapes; of a dtype that holds the output's.
+        prepared: what is merged.
+        workers: threads.
+
+    Raises:
+        AdamergingError: as `merge`.
+    """
+    pipeline, keywords = _pipeline(prepared, workers)
+    done = dict.fromkeys(prepared.plan.entries, 0)
+    with torch.no_grad():
+        for piece in merged_pieces(pipeline, done, **keywords):
+            start, name = done[piece.entry.name], piece.entry.name
+            done[name] = start + piece.values.numel()
+            tensors[name].view(-1)[start : done[name]].copy_(piece.values)
+
+
 def _head(prepared: Prepared, task: str) -> dict[str, Tensor]:
     """The tensors kept for one task, as in its expert."""
     vectors = prepared.vectors

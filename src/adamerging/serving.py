@@ -130,7 +130,7 @@ class MergedModel:
         columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [items]
         for column in columns:
             check_inputs(column, _DATA_KINDS.get(ready.kind, "text"), f"inputs for task '{task}'")
-        from .evaluation.scores import logits_of
+        from .evaluation.inference import logits_of
 
         samples = Samples(items, None, "inputs", "")
         logits = logits_of(ready.module, ready.task, samples, batch_size=batch_size, device=self.device)
@@ -158,9 +158,26 @@ class MergedModel:
             tensors[name] = tensor if spec is None else tensor.to(spec.dtype)
         return tensors
 
-    def _get(self, task: str) -> _Ready:
+    def parts(self, task: str) -> tuple[Weights, Weights, Mapping[str, Any]]:
+        """What a task of its own is made from: its own weights, the body's, and keys of its `TaskSpec`.
+
+        Raises as `module`.
+        """
+        self._check(task)
+        part = self._part(task)
+        stated: Mapping[str, Any] = (self.record.get("tasks") or {}).get(task, {})
+        kind = stated.get("kind") or self._kind(task, part)
+        known = {"kind": kind, "max_length": stated.get("max_length")}
+        if kind == "text_embedding":
+            known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
+        return part, self._body, {key: value for key, value in known.items() if value is not None}
+
+    def _check(self, task: str) -> None:
         if task not in self.tasks:
             raise UsageError(f"{self.folder} has no task '{task}'; it has {', '.join(self.tasks) or 'none'}")
+
+    def _get(self, task: str) -> _Ready:
+        self._check(task)
         if task not in self._ready:
             self._ready[task] = self._build(task)
         return self._ready[task]

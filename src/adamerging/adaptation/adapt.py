@@ -216,7 +216,7 @@ def adapt_record(
     """What ``run.json`` holds: a merge's record, and how the coefficients were learned."""
     settings = session.settings
     checks = [record for record in state.history if "check" in record]
-    chosen = int(state.best["step"]) if settings.keep == "best" and state.best else state.step
+    chosen = chosen_step(session, state)
     data = {
         learner.task.name: {
             "source": learner.task.adapt.source,
@@ -248,9 +248,19 @@ def adapt_record(
         "end": next((check for check in checks if check["step"] == chosen), None),
         "data": data,
         "seed": settings.seed,
-        "warnings": [
-            *(statistics_warning(session.prepared.plan) if settings.batchnorm == "keep" else []),
-            *unused(applied, session.where),
-            *warnings_of(state.history, chosen),
-        ],
+        "warnings": run_warnings(session, state, applied),
     }
+
+
+def chosen_step(session: Session, state: State) -> int:
+    """The step whose state is returned."""
+    return int(state.best["step"]) if session.settings.keep == "best" and state.best else state.step
+
+
+def run_warnings(session: Session, state: State, applied: Tensor) -> list[str]:
+    """What a reader of the result should know."""
+    return [
+        *(statistics_warning(session.prepared.plan) if session.settings.batchnorm == "keep" else []),
+        *unused(applied, session.where),
+        *warnings_of(state.history, chosen_step(session, state)),
+    ]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..recipe import Settings
 from ..run import Prepared, prepare
 from ..stream import Workers
-from ..tasks.task import Task
-from ..weights import sha256_file
+from ..tasks.task import Samples, Task
+from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
@@ -72,9 +72,27 @@ def open_session(
 
 
 def begin(
-    prepared: Prepared, tasks: Iterable[Task], settings: AdaptSettings, workers: Workers, say: Say
+    prepared: Prepared,
+    tasks: Iterable[Task],
+    settings: AdaptSettings,
+    workers: Workers,
+    say: Say,
+    *,
+    body: Body | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+    hashes: Mapping[Path, str] | None = None,
 ) -> Session:
     """Check everything, build the stack, attach the tasks' modules, ask the experts.
+
+    Args:
+        prepared: base, experts and plan.
+        tasks: one for each expert.
+        settings: how to learn.
+        workers: threads.
+        say: told what takes time.
+        body: a working body to use, on the device of the settings; a new one when None.
+        modules: by task, attached to that body already.
+        hashes: sha256 of the weight files, where they are known.
 
     Raises:
         UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
@@ -90,7 +108,8 @@ def begin(
         )
     ordered = match_tasks(vectors.tasks, tasks, objective)
     inputs = [vectors.base, *vectors.experts.values()]
-    hashes = {path: digest for path, digest in _hash_all([p for w in inputs for p in w.files], workers)}
+    if hashes is None:
+        hashes = hash_files(inputs, workers)
     content = [content_of(weights, hashes) for weights in inputs]
     stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
     store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
@@ -98,10 +117,11 @@ def begin(
     if not store.entries():
         raise UsageError("every expert is identical to the base: there is nothing to merge")
     where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
-    body = Body(vectors, device)
+    body = Body(vectors, device) if body is None else body
     body.reset(vectors)
-    learners = [make_learner(task, body, prepared, settings) for task in ordered]
-    data: list[Any] = [[task.name, _content_of_task(task)] for task in ordered]
+    ready = modules or {}
+    learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
+    data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
     dumped = settings.model_dump(exclude={"save_every", "budget"})
@@ -167,11 +187,14 @@ def match_tasks(names: Sequence[str], tasks: Iterable[Task], objective: Objectiv
     return [given[name] for name in names]
 
 
-def make_learner(task: Task, body: Body, prepared: Prepared, settings: AdaptSettings) -> Learner:
+def make_learner(
+    task: Task, body: Body, prepared: Prepared, settings: AdaptSettings, module: nn.Module | None = None
+) -> Learner:
     """A task with its model, whose body is the working one, and the order of its samples."""
     assert task.adapt is not None
     vectors = prepared.vectors
-    module = body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
+    if module is None:
+        module = body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
     train, held = split(len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name)
     costs = list(task.costs(task.adapt)) if task.costs is not None else None
     grouped = costs if settings.group_by_length else None
@@ -192,7 +215,13 @@ def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
         name = None
         if learner.task.settings.get("kind", "module") != "module":  # what a module does has no fingerprint
             expert = content[0], content[number + 1]
-            name = key("logits", expert, _content_of_task(learner.task), samples, settings.precision)
+            name = key(
+                "logits",
+                expert,
+                content_of_task(learner.task, learner.task.adapt),
+                samples,
+                settings.precision,
+            )
         stored = cached_logits(name) if name is not None else None
         if stored is None:
             say(f"predictions of expert '{learner.task.name}' on {len(samples)} samples")
@@ -204,15 +233,15 @@ def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
     session.body.reset(session.prepared.vectors)
 
 
-def _content_of_task(task: Task) -> list[Any]:
+def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
     """What the model sees of a task's data: the samples, and what becomes of a few of them."""
-    assert task.adapt is not None
+    assert samples is not None
     digest = hashlib.sha256()
-    first = [task.adapt.inputs[i] for i in range(min(4, len(task.adapt)))]
+    first = [samples.inputs[i] for i in range(min(4, len(samples)))]
     for name, tensor in sorted(task.collate(first).items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return [task.adapt.fingerprint, dict(task.settings), digest.hexdigest()]
+    return [samples.fingerprint, dict(task.settings), digest.hexdigest()]
 
 
 def cached_logits(name: str) -> Tensor | None:
@@ -235,9 +264,10 @@ def store_logits(name: str, logits: Tensor) -> None:
     cached(name, {"logits": Spec(tuple(logits.shape), logits.dtype)}, lambda writer: writer.write(logits))
 
 
-def _hash_all(paths: Sequence[Path], workers: Workers) -> Iterable[tuple[Path, str]]:
-    unique = list(dict.fromkeys(paths))
-    return zip(unique, workers.map(sha256_file, unique), strict=True)
+def hash_files(inputs: Sequence[Weights], workers: Workers) -> dict[Path, str]:
+    """sha256 by file of all these weights."""
+    unique = list(dict.fromkeys(path for weights in inputs for path in weights.files))
+    return dict(zip(unique, workers.map(sha256_file, unique), strict=True))
 
 
 def first_values(session: Session) -> Tensor:

@@ -21,11 +21,10 @@ from ..run import (
 )
 from ..stream import Workers
 from ..tasks.task import Task
-from ..weights import sha256_file
 from .body import Body
 from .loop import estimate_statistics
 from .scoring import average_into, score
-from .session import make_learner
+from .session import hash_files, make_learner
 from .settings import resolve
 from .write import write_model, write_record
 
@@ -69,9 +68,8 @@ def merge_with_tasks(
     started = time.perf_counter()
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
     body, extra = _merge(prepared, tasks, progress, say, estimated)
-    files = [p for w in (prepared.vectors.base, *prepared.vectors.experts.values()) for p in w.files]
     with Workers(prepared.settings.threads) as workers:
-        hashes = dict(zip(files, workers.map(sha256_file, files), strict=True))
+        hashes = hash_files([prepared.vectors.base, *prepared.vectors.experts.values()], workers)
     record = run_record(prepared, started, hashes) | extra
     record |= {"transductive": transductive, "tasks": {task.name: dict(task.settings) for task in tasks}}
     if folder is None:

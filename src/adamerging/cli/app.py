@@ -12,6 +12,8 @@ import typer
 
 from .. import __version__
 from .cache import cache
+from .compare import compare
+from .evaluate import evaluate
 from .failing import TRACEBACK, guard
 from .inspect import inspect
 from .merge import merge
@@ -38,6 +40,8 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=EPILOG)(inspect)
+app.command(epilog=EPILOG)(compare)
+app.command(epilog=EPILOG)(evaluate)
 app.command()(methods)
 app.command()(cache)
 app.command()(report)

@@ -17,7 +17,7 @@ def cache(
         bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
     ] = False,
 ) -> None:
-    """Show or clear the disk cache of learning: transformed task vectors and experts' predictions.
+    """Show or clear the disk cache: transformed task vectors, experts' predictions, scores.
 
     What is removed is computed again when it is needed.
     """

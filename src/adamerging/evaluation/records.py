@@ -62,6 +62,7 @@ class Row(BaseModel):
     memory: int | None = Field(None, description="Peak private memory of the process by then, bytes.")
     parameters: int | None = Field(None, description="Number of learned coefficients.")
     fingerprint: str | None = Field(None, description="sha256 over the model's weights.")
+    key: str | None = Field(None, description="Hash of all that the row was computed from.")
     scores: list[ScoreRecord] = []
     history: list[dict[str, Any]] = Field([], description="Records of adaptation, step by step.")
     coefficients: dict[str, Any] | None = Field(
@@ -100,6 +101,7 @@ class Comparison(BaseModel):
     created: str = Field(description="ISO date and time, UTC.")
     complete: bool = Field(False, description="Every row that was asked for is there.")
     planned: int = Field(0, description="Rows that were asked for.")
+    order: list[str] = Field([], description="Names of the rows' files, in the order they were asked for.")
     base: str
     experts: dict[str, str]
     tasks: list[TaskRecord]

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UsageError
-from ..tasks.task import Samples, Task
+from ..tasks.task import Task
+from .inference import logits_of
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Score:
 
 
 def accuracy(
-    module: nn.Module, task: Task, *, batch_size: int = 64, device: torch.device | str | None = None
+    module: nn.Module, task: Task, *, batch_size: int | None = None, device: torch.device | str | None = None
 ) -> Score:
     """Score a model on a task's evaluation data, each sample seen once.
 
     Args:
         module: as the task's skeleton makes them; in evaluation mode.
         task: with evaluation data.
-        batch_size: samples a forward pass.
+        batch_size: samples a forward pass; by a budget of tokens or values when None.
         device: where the module is; told from its parameters when None.
 
     Raises:
@@ -69,31 +70,3 @@ def normalised_accuracy(merged: Mapping[str, Score], experts: Mapping[str, Score
         for task, expert in experts.items()
     ]
     return sum(ratios) / len(ratios)
-
-
-def logits_of(
-    module: nn.Module,
-    task: Task,
-    samples: Samples,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Logits ``(samples, classes)`` in float32 on the CPU, in the samples' order.
-
-    Samples of like cost go through together, so that little is padding.
-    """
-    if device is None:
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    costs = task.costs(samples) if task.costs is not None else [0] * len(samples)
-    order = sorted(range(len(samples)), key=costs.__getitem__)
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = task.collate([samples.inputs[index] for index in order[start : start + batch_size]])
-            logits = task.forward(module, {name: tensor.to(device) for name, tensor in batch.items()})
-            parts.append(logits.float().cpu())
-    sorted_logits = torch.cat(parts)
-    result = torch.empty_like(sorted_logits)
-    result[torch.tensor(order)] = sorted_logits
-    return result

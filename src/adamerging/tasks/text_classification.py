@@ -192,6 +192,7 @@ class Tokenised:
         self._limit = 0
         self._folder: object = None
         self._rows: dict[Any, dict[str, list[int]]] = {}
+        self._recent: dict[Any, dict[str, list[int]]] = {}  # texts whose costs were asked for last
 
     def bind(self, expert: Weights, base: Weights, module: Any) -> int:
         """Take the tokenizer that belongs to a model, and check that it does; the tokens kept of a text."""
@@ -202,6 +203,7 @@ class Tokenised:
         limit = limit or _model_length(tokenizer, module.config)
         if tokenizer is not self._tokenizer or limit != self._limit:
             self._rows.clear()
+            self._recent.clear()
         self._tokenizer, self._limit, self._folder = tokenizer, limit, expert.folder
         vocabulary = module.get_input_embeddings().weight.shape[0]
         if len(tokenizer) > vocabulary:
@@ -218,7 +220,11 @@ class Tokenised:
 
     def costs(self, samples: Samples) -> list[int]:
         """Number of tokens of each sample."""
-        return [len(row["input_ids"]) for row in self._encode(samples.inputs)]
+        rows = self._encode(samples.inputs)
+        self._recent = {
+            text: row for text, row in zip(samples.inputs, rows, strict=True) if text not in self._rows
+        }
+        return [len(row["input_ids"]) for row in rows]
 
     def collate(self, inputs: Sequence[Any]) -> Inputs:
         """Token ids of some texts, padded to the longest."""
@@ -245,7 +251,8 @@ class Tokenised:
                 )
             self._tokenizer = self.given
             self._limit = self.max_length or _model_length(self.given, None)
-        new = [text for text in dict.fromkeys(inputs) if text not in self._rows]
+        found = {text: self._rows.get(text) or self._recent.get(text) for text in inputs}
+        new = [text for text, row in found.items() if row is None]
         if new:
             pairs = isinstance(new[0], tuple)
             columns = [[text[side] for text in new] for side in (0, 1)] if pairs else [new]
@@ -257,8 +264,8 @@ class Tokenised:
             }
             if len(self._rows) + len(fresh) <= self.remember:
                 self._rows.update(fresh)
-            return [fresh[text] if text in fresh else self._rows[text] for text in inputs]
-        return [self._rows[text] for text in inputs]
+            found.update(fresh)
+        return [row for text in inputs if (row := found[text]) is not None]
 
 
 @dataclass

@@ -1,0 +1,158 @@
+"""`adamerging compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import flags, show
+from .failing import guard
+
+if TYPE_CHECKING:
+    from ..evaluation.records import Comparison
+    from ..evaluation.settings import Entry
+    from ..recipe import Recipe
+
+
+class Format(str, Enum):
+    """Values of `--format`."""
+
+    table = "table"
+    csv = "csv"
+    markdown = "markdown"
+    latex = "latex"
+
+
+@guard()
+def compare(
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE.yaml", help="Base, experts, tasks with data, and what to compare."),
+    ],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            metavar="NAME,NAME",
+            help="Methods (adamerging methods lists them) and presets of learning (adamerging, recommended, "
+            "paper, paper++, released, fusionbench), or labels of the recipe's own; instead of all of the "
+            "recipe's.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", metavar="0,1,2", help="A learned or random method runs once for each."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Folder of the records; one that a stopped comparison left is gone on with. "
+            "runs/NAME-OF-RECIPE unless told.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Score on the first so many samples of each task.")
+    ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="How to print: a table, one CSV line a score, Markdown, LaTeX.")
+    ] = Format.table,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
+    ] = False,
+) -> None:
+    """Compare merged models with their base, their experts and the simple average.
+
+    Example: adamerging compare recipe.yaml --methods task_arithmetic,ties,adamerging --out runs/first
+    """
+    from ..recipe import load_recipe
+
+    changes = flags.given(methods=names_of(methods), seeds=numbers_of(seeds), limit=limit)
+    loaded = load_recipe(recipe)
+    if "methods" in changes:
+        own = described(loaded)
+        changes["methods"] = [{name: own[name]} if name in own else name for name in changes["methods"]]
+    from ..evaluation.compare import compare as run
+
+    folder = out if out is not None else Path("runs") / recipe.stem
+    with progress() as say:
+        found = run(loaded, out=folder, say=say, **changes)
+    _print(found, folder, form, as_json)
+
+
+def names_of(arguments: list[str] | None) -> list[str]:
+    """Names from one or more comma-separated lists.
+
+    Raises:
+        UsageError: a name that is empty.
+    """
+    names = [name.strip() for argument in arguments or [] for name in argument.split(",")]
+    if any(not name for name in names):
+        raise UsageError("--methods takes names with commas between them, as ties,dare")
+    return names
+
+
+def described(recipe: Recipe) -> dict[str, Entry | None]:
+    """What the recipe itself says of the models that it compares, by label."""
+    listed = recipe.compare.methods if recipe.compare is not None else []
+    return {label: entry for item in listed if not isinstance(item, str) for label, entry in item.items()}
+
+
+def numbers_of(text: str | None) -> list[int]:
+    """Whole numbers from a comma-separated list.
+
+    Raises:
+        UsageError: anything else in it.
+    """
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise UsageError(f"--seeds takes whole numbers with commas between them, as 0,1,2, got '{text}'")
+    return [int(part) for part in parts]
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What is at work, as one line on standard error where that is a terminal."""
+    console = show.console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(text)
+
+
+def _print(found: Comparison, folder: Path, form: Format, as_json: bool) -> None:
+    from ..report.load import Run, shown
+
+    if as_json:
+        show.print_json({**found.model_dump(mode="json"), "out": shown(folder)})
+        return
+    print_run(Run(found), form)
+    if form is not Format.table:
+        return
+    show.note(f"the records are in {shown(folder)}; adamerging report {shown(folder)} makes a page of them")
+
+
+def print_run(run: Any, form: Format) -> None:
+    """A run's records on standard output, in one of the formats."""
+    from ..report.long import long_csv
+    from ..report.table import FORMATS, cells_of, rich_table
+
+    if form is Format.csv:
+        print(long_csv(run), end="")
+    elif form is Format.table:
+        console = show.console()
+        console.print(rich_table(cells_of(run), console.width))
+    else:
+        print(FORMATS[form.value](cells_of(run)), end="")

@@ -1,0 +1,128 @@
+"""`adamerging evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import flags, show
+from .compare import progress
+from .failing import guard
+
+if TYPE_CHECKING:
+    from ..evaluation.records import Row
+
+
+@guard()
+def evaluate(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder that a merge wrote, an expert's, or any classifier of transformers."),
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="RECIPE.yaml", help="Take the tasks' labelled data from its tasks."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="Score this task of the recipe; may be repeated."),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option("--test", metavar="NAME=FILE", help="Labelled data of one task; may be repeated."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME.KEY=VALUE",
+            help="Another key of a task, as sst2.max_length=64; may be repeated.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="PATH", help="The base, where the folder is an adapter or has no tokenizer."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Score on the first so many samples of each task.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where to compute, as cuda or cpu.")] = "cpu",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
+    ] = False,
+) -> None:
+    """Score a folder on labelled data: accuracy, macro-F1, calibration, likelihood.
+
+    Example: adamerging evaluate merged/ --test sst2=sst2_test.jsonl --test trec=trec_test.jsonl
+    """
+    from ..evaluation.folder import evaluate as run
+
+    specs, own_base = _tasks(folder, recipe, only or [], flags.tasks_of([], test or [], task or []))
+    with progress() as say:
+        row = run(folder, specs, base=base or own_base, limit=limit, device=device, say=say)
+    if as_json:
+        show.print_json(row.model_dump(mode="json"))
+        return
+    show.console().print(_table(row))
+
+
+def _tasks(
+    folder: Path, recipe: Path | None, only: list[str], given: dict[str, Any]
+) -> tuple[dict[str, Any], str | None]:
+    """The tasks to score, and the base that the recipe names."""
+    if recipe is None:
+        if only:
+            raise UsageError("--only chooses among the tasks of a recipe; give --recipe")
+        if not given:
+            raise UsageError("no labelled data: give --test NAME=FILE, or --recipe RECIPE.yaml")
+        return given, None
+    from ..evaluation.folder import tasks_of
+    from ..recipe import load_recipe
+
+    loaded = load_recipe(recipe, {"tasks": given} if given else {})
+    specs = {name: spec for name, spec in loaded.tasks.items() if spec.evaluate is not None}
+    lacking = [name for name in only if name not in specs]
+    if lacking:
+        raise UsageError(
+            f"{recipe} has no labelled data for {', '.join(map(repr, lacking))}; it has it for "
+            f"{', '.join(specs) or 'no task'}"
+        )
+    if only or tasks_of(folder) is not None:
+        return {name: spec for name, spec in specs.items() if not only or name in only}, loaded.base
+    path = folder.resolve()
+    own = [n for n in specs if n in loaded.experts and Path(loaded.experts[n].path).resolve() == path]
+    if not own and len(specs) > 1:
+        raise UsageError(
+            f"{folder} is one model with one head: say which task it is for, --only NAME, one of "
+            f"{', '.join(specs)}"
+        )
+    return {name: specs[name] for name in own or specs}, loaded.base
+
+
+def _table(row: Row) -> Any:
+    columns = ["task", ">samples", ">accuracy", ">95 %", ">macro-F1", ">ECE", ">NLL", ">entropy"]
+    rows: list[tuple[object, ...]] = [
+        (
+            score.task,
+            score.samples,
+            f"{score.accuracy:.1%}",
+            f"{score.accuracy_low * 100:.1f}–{score.accuracy_high * 100:.1f}",
+            f"{score.macro_f1:.3f}",
+            f"{score.ece:.3f}",
+            f"{score.nll:.3f}",
+            f"{score.entropy:.3f}",
+        )
+        for score in row.scores
+    ]
+    if len(rows) > 1:
+        mean = [
+            sum(getattr(score, name) for score in row.scores) / len(row.scores)
+            for name in ("accuracy", "macro_f1", "ece", "nll", "entropy")
+        ]
+        rows.append(("mean", "", f"{mean[0]:.1%}", "", *(f"{value:.3f}" for value in mean[1:])))
+    return show.table("", columns, rows)

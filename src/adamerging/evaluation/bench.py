@@ -1,0 +1,293 @@
+"""What every row of a comparison is made and scored on: weights opened once, one working body, ready data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adaptation.body import Body
+from ..adaptation.cache import content_of
+from ..adaptation.session import content_of_task, hash_files, make_device
+from ..adaptation.store import VectorStore
+from ..errors import UsageError
+from ..run import Prepared
+from ..stream import Workers
+from ..tasks.task import Samples, Task
+from .cache import Result, find, fingerprint, keep, own_fingerprint, result_key
+from .inference import Feed, logits_from
+from .intervals import accuracy_interval
+from .metrics import metrics
+from .records import CLEAN, ScoreRecord
+from .settings import CompareSettings
+
+KEPT = 512 << 20
+"""Bytes of ready inputs that are kept from one model to the next, of all tasks together."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model on one task under one condition.
+
+    Attributes:
+        record: its numbers, not normalised yet.
+        result: what they were computed from.
+    """
+
+    record: ScoreRecord
+    result: Result
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A task with its module, whose body is the working one.
+
+    Attributes:
+        task: as it is scored, its evaluation data cut to the limit.
+        module: the model.
+        head: fingerprint of what is its own.
+        unseen: no expert behind the models has seen it.
+    """
+
+    task: Task
+    module: nn.Module
+    head: str
+    unseen: bool = False
+
+
+class Bench:
+    """Opened weights, one working body, and the tasks attached to it.
+
+    Args:
+        prepared: base, experts and plan, opened once for all rows.
+        tasks: with their data; one module each is built and attached.
+        settings: how to score.
+        workers: threads.
+        device: where the body lives.
+
+    Raises:
+        UsageError: labels outside a head's range, tokenizers that do not fit, a device that is none.
+        WeightsError: a task's module cannot be built.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        tasks: Sequence[Task],
+        settings: CompareSettings,
+        workers: Workers,
+        device: str = "cpu",
+    ) -> None:
+        self.prepared, self.settings, self.workers = prepared, settings, workers
+        vectors = prepared.vectors
+        self.device = make_device(device)
+        self.hashes = hash_files([vectors.base, *vectors.experts.values()], workers)
+        self.body = Body(vectors, self.device)
+        self.seats: dict[str, Seat] = {}
+        self._feeds: dict[tuple[str, str], Feed] = {}
+        for task in tasks:
+            self.attach(task, task.name)
+        self._room = KEPT // max(1, len(tasks))
+
+    def attach(self, task: Task, like: str, *, unseen: bool = False) -> Seat:
+        """Build a task's module over the working body.
+
+        Args:
+            task: a task of an expert, or one without (its skeleton then is that of an expert's model).
+            like: the expert whose tensor names the module has.
+            unseen: no expert has seen the task.
+        """
+        vectors = self.prepared.vectors
+        expert = vectors.experts[like]
+        module = self.body.attach(like, task.skeleton(expert, vectors.base))
+        head = own_fingerprint(module, self.body.tensors.values(), expert)
+        evaluate = task.evaluate and first(task.evaluate, self.settings.limit)
+        seat = Seat(replace(task, evaluate=evaluate), module, head, unseen)
+        self.seats[task.name] = seat
+        return seat
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules by task."""
+        return {name: seat.module for name, seat in self.seats.items()}
+
+    @cached_property
+    def scanned(self) -> bool:
+        """Read base and experts once, which finds the tensors that no expert changed."""
+        VectorStore(self.prepared.vectors, self.workers).scan()
+        return True
+
+    @cached_property
+    def content(self) -> list[Any]:
+        """What identifies weights and data, for the rows' keys."""
+        vectors = self.prepared.vectors
+        weights = [content_of(item, self.hashes) for item in (vectors.base, *vectors.experts.values())]
+        data = [
+            [
+                name,
+                seat.head,
+                *(
+                    content_of_task(seat.task, samples) if samples is not None else None
+                    for samples in (seat.task.adapt, seat.task.evaluate)
+                ),
+            ]
+            for name, seat in self.seats.items()
+        ]
+        return [list(vectors.tasks), weights, data]
+
+    def restricted(self, experts: Sequence[str]) -> Prepared:
+        """The same merge of some of the experts: nothing is opened again."""
+        vectors = self.prepared.vectors
+        some = replace(vectors, experts={name: vectors.experts[name] for name in experts})
+        some.changed = {name: vectors.changed[name] for name in experts}
+        related = {name: self.prepared.relatedness[name] for name in experts}
+        return replace(self.prepared, vectors=some, relatedness=related)
+
+    def fingerprint(self) -> str:
+        """Of the body as it is now."""
+        return fingerprint(self.body.tensors)
+
+    def scored_tasks(self) -> list[str]:
+        """Names of the tasks with labelled data, in order."""
+        return [name for name, seat in self.seats.items() if seat.task.evaluate is not None]
+
+    def conditions(self, name: str) -> Iterator[tuple[str, Samples]]:
+        """The corrupted copies of a task's evaluation data, made as they are asked for."""
+        shift, task = self.settings.shift, self.seats[name].task
+        if shift is None or task.evaluate is None or (shift.tasks is not None and name not in shift.tasks):
+            return
+        make: Callable[..., Iterator[tuple[str, Samples]]] = import_module(".shift", __package__).conditions
+        yield from make(task, shift)
+
+    def score(
+        self,
+        model: str,
+        name: str,
+        samples: Samples | None = None,
+        condition: str = CLEAN,
+        *,
+        under: str | None = None,
+        logits: bool = False,
+    ) -> Scored:
+        """Score the body as it is now on one task.
+
+        Args:
+            model: the body's fingerprint.
+            name: the task.
+            samples: its evaluation data when None.
+            condition: what they are.
+            under: the task whose module answers; the task's own when None.
+            logits: they are wanted, not only what is computed from them.
+
+        Raises:
+            UsageError: no labels.
+            NonFiniteError: NaN or infinity among the logits.
+        """
+        seat = self.seats[under or name]
+        own = samples is None
+        samples = self.seats[name].task.evaluate if samples is None else samples
+        if samples is None or samples.labels is None:
+            raise UsageError(f"task '{name}' has no labelled data to score on; give evaluate")
+        key = result_key(model, seat.head, seat.task, samples)
+        result = find(key, len(samples), logits=logits)
+        if result is None:
+            feed = self._feed(seat, name, samples, own)
+            found = logits_from(seat.module, seat.task, feed, self.device)
+            numbers = metrics(found, torch.tensor([int(label) for label in samples.labels]))
+            result = Result(numbers, found.argmax(-1), found if logits else None)
+            keep(key, result)
+        return Scored(self._record(name, condition, result), result)
+
+    def _feed(self, seat: Seat, name: str, samples: Samples, own: bool) -> Feed:
+        if not own:
+            return Feed(seat.task, samples)
+        names = (seat.task.name, name)
+        if names not in self._feeds:
+            self._feeds[names] = Feed(seat.task, samples, keep=self._room if seat.task.name == name else 0)
+        return self._feeds[names]
+
+    def _record(self, name: str, condition: str, result: Result) -> ScoreRecord:
+        found = result.metrics
+        low, high = accuracy_interval(found.correct, found.samples, self.settings.bootstrap)
+        return ScoreRecord(
+            task=name,
+            condition=condition,
+            unseen=self.seats[name].unseen,
+            samples=found.samples,
+            accuracy=found.accuracy,
+            accuracy_low=low,
+            accuracy_high=high,
+            macro_f1=found.macro_f1,
+            ece=found.ece,
+            nll=found.nll,
+            entropy=found.entropy,
+            normalised=None,
+        )
+
+    def answers(self, expert: str) -> Iterator[tuple[str, str]]:
+        """The other tasks that an expert can answer, each with the task whose module does.
+
+        Where a head is no part of the weights (zero-shot), every body can answer under it. Else the expert's
+        own head answers tasks that have the very same classes.
+        """
+        plan = self.prepared.plan
+        for name in self.scored_tasks():
+            if name == expert or self.seats[name].unseen:
+                continue
+            kinds = [self.seats[task].task.settings.get("kind") for task in (expert, name)]
+            if kinds[0] != kinds[1]:
+                continue
+            if not plan.heads.get(name) and not plan.heads.get(expert):
+                yield name, name
+            elif _classes(self.seats[expert]) and _classes(self.seats[expert]) == _classes(self.seats[name]):
+                yield name, expert
+
+    def labels(self, name: str) -> Tensor:
+        """Class numbers of a task's evaluation data."""
+        samples = self.seats[name].task.evaluate
+        assert samples is not None and samples.labels is not None
+        return torch.tensor([int(label) for label in samples.labels])
+
+
+def first(samples: Samples, count: int | None) -> Samples:
+    """The first so many samples; all when None or when there are no more."""
+    if count is None or count >= len(samples):
+        return samples
+    labels = None if samples.labels is None else samples.labels[:count]
+    known = f"{samples.fingerprint} first {count}"
+    return Samples(samples.inputs[:count], labels, samples.source, known)
+
+
+def class_names_of(seat: Seat) -> list[str] | None:
+    """Names of a task's classes by number, where known."""
+    if seat.task.label_names is not None:
+        return [str(name) for name in seat.task.label_names]
+    from ..tasks.labels import class_names
+
+    config: Any = getattr(seat.module, "config", None)
+    return class_names(config.to_dict()) if hasattr(config, "to_dict") else None
+
+
+def _classes(seat: Seat) -> list[str] | None:
+    names = class_names_of(seat)
+    return None if names is None else [" ".join(name.casefold().split()) for name in names]
+
+
+def normalised(records: Sequence[ScoreRecord], experts: Mapping[tuple[str, str], float]) -> list[ScoreRecord]:
+    """The records with their accuracy over that of the task's expert under the same condition.
+
+    Args:
+        records: of one model.
+        experts: accuracy by task and condition.
+    """
+    found = []
+    for record in records:
+        expert = experts.get((record.task, record.condition), 0.0)
+        share = record.accuracy / expert if expert and not record.unseen else None
+        found.append(record.model_copy(update={"normalised": share}))
+    return found

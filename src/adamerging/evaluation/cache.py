@@ -1,0 +1,121 @@
+"""What was scored once is not scored again: results on disk, keyed by content and never by path.
+
+They lie in the cache of `adamerging.adaptation.cache`, which ``adamerging cache`` lists and empties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..adaptation.cache import cache_folder, cached, key
+from ..adaptation.session import content_of_task
+from ..output.tensors import TensorWriter
+from ..tasks.task import Samples, Task
+from ..weights.source import Spec, Weights
+from .metrics import Metrics
+
+VERSION = 1
+"""Goes up whenever the same model on the same data would give other records."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on some samples.
+
+    Attributes:
+        metrics: how good it is.
+        predictions: ``(N,)`` most likely class of each sample.
+        logits: ``(N, C)`` float32; None where only the predictions were kept.
+    """
+
+    metrics: Metrics
+    predictions: Tensor
+    logits: Tensor | None = None
+
+
+def result_key(model: str, head: str, task: Task, samples: Samples) -> str | None:
+    """What a result is stored under; None for a task whose code has no fingerprint (kind module).
+
+    Args:
+        model: fingerprint of the body's weights.
+        head: fingerprint of what the task has of its own.
+        task: its settings, and what its `collate` makes of the first samples, belong to the key.
+        samples: their fingerprint belongs to it.
+    """
+    if task.settings.get("kind", "module") == "module":
+        return None
+    return key("score", VERSION, model, head, content_of_task(task, samples))
+
+
+def find(name: str | None, samples: int, *, logits: bool) -> Result | None:
+    """The result stored under a key; None without one, or one without wanted logits."""
+    if name is None:
+        return None
+    path = cache_folder() / f"{name}.safetensors"
+    if not path.exists():
+        return None
+    try:
+        stored = load_file(path)
+        count, *values = stored["metrics"].tolist()
+        result = Result(Metrics(int(count), *values), stored["predictions"].long(), stored.get("logits"))
+        whole = len(result.predictions) == samples == result.metrics.samples
+    except Exception:  # a damaged cache file is computed anew
+        whole = False
+    if not whole:
+        path.unlink(missing_ok=True)
+        return None
+    return result if result.logits is not None or not logits else None
+
+
+def keep(name: str | None, result: Result) -> None:
+    """Store a result; a disk that takes none is no reason to stop."""
+    if name is None:
+        return
+    small = int(result.predictions.max()) < 2**15
+    tensors = {
+        "metrics": torch.tensor(astuple(result.metrics), dtype=torch.float64),
+        "predictions": result.predictions.to(torch.int16 if small else torch.int32),
+    }
+    if result.logits is not None:
+        tensors["logits"] = result.logits.float()
+    specs = {label: Spec(tuple(tensor.shape), tensor.dtype) for label, tensor in tensors.items()}
+
+    def fill(writer: TensorWriter) -> None:
+        for tensor in tensors.values():
+            writer.write(tensor.contiguous())
+
+    with contextlib.suppress(OSError):
+        cached(name, specs, fill)
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def own_fingerprint(module: nn.Module, shared: Iterable[Tensor], weights: Weights | None = None) -> str:
+    """Fingerprint of what a module has beside shared tensors, and of its configuration.
+
+    Args:
+        module: whose tensors.
+        shared: tensors that belong to the body.
+        weights: whose configuration says how the module computes.
+    """
+    body = {tensor.data_ptr() for tensor in shared}
+    own = {name: value for name, value in module.state_dict().items() if value.data_ptr() not in body}
+    about = json.dumps((weights.config if weights is not None else None) or {}, sort_keys=True, default=str)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return hashlib.sha256(f"{kind}\n{about}\n{fingerprint(own)}".encode()).hexdigest()

@@ -1,0 +1,314 @@
+"""A comparison from start to end: open once, make and score row after row, keep each as it comes."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from .. import __version__
+from ..adaptation.cache import key as content_key
+from ..adaptation.loop import InterruptedRun
+from ..errors import AdamergingError, UsageError
+from ..geometry import geometry
+from ..recipe import Recipe, Settings, load_recipe, make
+from ..run import Prepared, prepare
+from ..stream import Workers
+from ..tasks.resolve import make_tasks
+from ..tasks.task import Task
+from .bench import Bench, class_names_of, normalised
+from .choosing import choose
+from .entries import wanted
+from .explaining import explain, explains
+from .making import Made, Maker
+from .planning import Planned, plan_rows, scoring_of
+from .records import Comparison, Row, ScoreRecord, TaskRecord
+from .settings import CompareSettings
+from .shifted import adapted_anew
+from .store import RunFolder
+from .usage import PeakMemory
+
+Say = Callable[[str], None]
+OnRow = Callable[[Row], None]
+
+
+def compare(
+    recipe: Recipe | str | Path,
+    *,
+    out: str | Path,
+    say: Say = lambda _: None,
+    on_row: OnRow = lambda _: None,
+    **settings: Any,
+) -> Comparison:
+    """Compare merged models with their base, their experts and the simple average.
+
+    Every row is written as soon as it is done. The same call goes on where an earlier one stopped, and
+    computes again what depends on anything that has changed. A method that fails is a row with its reason.
+
+    Args:
+        recipe: base, experts, tasks with data, and the `compare` section; or the file with it.
+        out: folder of the records.
+        say: told what takes time.
+        on_row: told of every row as it is done.
+        settings: fields of `CompareSettings` that replace the recipe's: methods, seeds, limit, ...
+
+    Raises:
+        UsageError: nothing to score on, unknown methods, settings or data that cannot be right.
+        WeightsError: base or an expert cannot be opened.
+        PlanError: they do not belong together.
+        OutputError: the folder cannot be written, or another run is at work in it.
+        InterruptedRun: stopped by the user; what is done is kept.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    fields = recipe.compare.model_dump(exclude_unset=True) if recipe.compare is not None else {}
+    chosen = make(CompareSettings, {**fields, **settings}, "compare")
+    asked = wanted(recipe, chosen.methods)
+    if not any(task.evaluate for task in recipe.tasks.values()):
+        raise UsageError(
+            "there is nothing to score on: give labelled data under tasks, NAME: {evaluate: FILE}"
+        )
+    folder = RunFolder(out)
+    prepared = open_recipe(recipe)
+    vectors = prepared.vectors
+    tasks = make_tasks(recipe.tasks, vectors.experts, vectors.base, transductive=recipe.transductive)
+    device = recipe.adapt.device if recipe.adapt is not None else "cpu"
+    with folder.locked(), Workers(prepared.settings.threads) as workers:
+        say("opening the models")
+        bench = Bench(prepared, in_order(tasks, vectors.tasks), chosen, workers, device)
+        planned = plan_rows(vectors.tasks, bench.scored_tasks(), asked, chosen.seeds)
+        return _Run(recipe, bench, folder, planned, say, on_row).run()
+
+
+def open_recipe(recipe: Recipe) -> Prepared:
+    """Base and experts of a recipe, opened and planned; its method is no matter.
+
+    Raises:
+        UsageError: a tokenizer other than the base's.
+        AdamergingError: as `run.merge`.
+    """
+    if recipe.tokenizer != "base":
+        raise UsageError("data goes through the base's tokenizer; tokenizer: base")
+    fields = recipe.model_dump(include=set(Settings.model_fields) - {"method", "options", "scale", "weights"})
+    settings = Settings.model_validate({**fields, "method": "weighted"})
+    experts = {name: expert.path for name, expert in recipe.experts.items()}
+    return prepare(recipe.base, experts, settings, notes=recipe.notes)
+
+
+def in_order(tasks: Sequence[Task], experts: Sequence[str]) -> list[Task]:
+    """The tasks in the experts' order."""
+    return sorted(tasks, key=lambda task: list(experts).index(task.name))
+
+
+class _Run:
+    """The rows of one comparison, one after the other."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        bench: Bench,
+        folder: RunFolder,
+        planned: Sequence[Planned],
+        say: Say,
+        on_row: OnRow,
+    ) -> None:
+        self.recipe, self.bench, self.folder, self.planned = recipe, bench, folder, planned
+        self.say, self.on_row = say, on_row
+        self.experts: dict[tuple[str, str], float] = {}
+        self.expert_logits: dict[str, Tensor] = {}
+        self.rows: dict[str, Row] = {}
+
+    def run(self) -> Comparison:
+        record = self._record()
+        self.folder.write_run(record)
+        # Experts come first: the others are measured by them.
+        order = sorted(self.planned, key=lambda planned: planned.kind != "expert")
+        try:
+            for number, planned in enumerate(order, 1):
+                if planned.kind != "expert" and order[number - 2].kind == "expert":
+                    self._measure_experts()
+                self._row(planned, f"{number}/{len(order)}")
+        except (KeyboardInterrupt, InterruptedRun):
+            raise InterruptedRun(
+                f"stopped; {len(self.rows)} of {len(self.planned)} rows are in {self.folder.path}, and the "
+                "same command goes on"
+            ) from None
+        record = record.model_copy(update={"complete": True})
+        self.folder.write_run(record)
+        return record.model_copy(update={"rows": [self.rows[planned.name] for planned in self.planned]})
+
+    def _row(self, planned: Planned, number: str) -> None:
+        name = planned.name
+        key = planned.key(self.bench)
+        row = self.folder.find_row(name, key)
+        if row is None:
+            about = "" if planned.seed is None else f", seed {planned.seed}"
+            self.say(f"{number} {planned.label}{about}")
+            row = self._computed(planned, key)
+            self.folder.write_row(name, row)
+        if planned.kind == "expert" and planned.group is None:
+            own = [score for score in row.scores if [score.task] == row.experts]
+            self.experts |= {(score.task, score.condition): score.accuracy for score in own}
+        self.rows[name] = row
+        self.on_row(row)
+
+    def _measure_experts(self) -> None:
+        """Divide what experts reach on others' tasks by what those reach: known once all were scored."""
+        for name, row in self.rows.items():
+            scores = normalised(row.scores, self.experts)
+            if scores != row.scores:
+                self.rows[name] = row.model_copy(update={"scores": scores})
+                self.folder.write_row(name, self.rows[name])
+
+    def _computed(self, planned: Planned, key: str) -> Row:
+        row = Row(
+            label=planned.label, kind=planned.kind, seed=planned.seed, group=planned.group,
+            experts=list(planned.experts), key=key,
+        )  # fmt: skip
+        state = self.folder.state(content_key(key))
+        maker = Maker(self.bench, planned.experts, say=self.say)
+        try:
+            if planned.kind not in ("base", "expert") and explains(self.bench.settings):
+                self._ask_experts(planned.tasks)
+            with PeakMemory() as memory:
+                made, update = self._made(planned, maker, state)
+            row = row.model_copy(update=update)
+            row = row.model_copy(update=self._scored(planned, made, maker, row))
+        except (InterruptedRun, KeyboardInterrupt):
+            raise
+        except AdamergingError as error:
+            return row.model_copy(update={"failed": str(error)})
+        except Exception as error:  # one method's defect is no reason to lose the others' rows
+            return row.model_copy(update={"failed": f"{type(error).__name__}: {error}"})
+        state.unlink(missing_ok=True)
+        adapted = made.adapted and self.recipe.transductive
+        return row.model_copy(
+            update={
+                "memory": memory.nbytes,
+                "seconds": round(made.seconds, 3),
+                "labelled": made.labelled,
+                "transductive": adapted,
+                "warnings": list(made.warnings),
+                "history": [dict(record) for record in made.history],
+                "coefficients": made.coefficients,
+                "parameters": made.parameters,
+            }
+        )
+
+    def _made(self, planned: Planned, maker: Maker, state: Path) -> tuple[Made, dict[str, Any]]:
+        """The body made that model, and what the row says of how it was chosen."""
+        if planned.kind == "base":
+            return maker.base(), {}
+        if planned.kind == "expert":
+            return maker.expert(planned.experts[0]), {}
+        if planned.wanted is None:
+            return maker.average(), {"settings": {"method": "average"}}
+        choice = choose(planned.wanted, planned.seed, maker, self.bench, planned.tasks, state)
+        return choice.made, {"settings": choice.settings, "chosen_on": choice.chosen_on}
+
+    def _scored(self, planned: Planned, made: Made, maker: Maker, row: Row) -> dict[str, Any]:
+        """Scores under every condition, and what explains them."""
+        bench, model = self.bench, self.bench.fingerprint()
+        wants = explains(bench.settings) and planned.kind != "expert"
+        keep_logits = wants or (planned.kind == "expert" and explains(bench.settings))
+        records: list[ScoreRecord] = []
+        logits: dict[str, Tensor] = {}
+        own = planned.experts if planned.kind == "expert" else planned.tasks
+        anew = adapted_anew(bench.settings, made)
+        for task in own:
+            scored = bench.score(model, task, logits=keep_logits)
+            records.append(scored.record)
+            if scored.result.logits is not None:
+                logits[task] = scored.result.logits
+            if not anew:
+                for condition, samples in bench.conditions(task):
+                    records.append(bench.score(model, task, samples, condition).record)
+        if planned.kind == "expert":
+            name = planned.experts[0]
+            self.expert_logits |= logits
+            for task, under in bench.answers(name):
+                records.append(bench.score(model, task, under=under).record)
+            self.experts |= {(r.task, r.condition): r.accuracy for r in records if r.task == name}
+        if anew and planned.wanted is not None:
+            records += anew(planned, maker, row)
+        why = explain(bench, logits, self.expert_logits) if wants else {}
+        return {"scores": normalised(records, self.experts), "fingerprint": model, "why": why}
+
+    def _ask_experts(self, tasks: Sequence[str]) -> None:
+        """The experts' own logits, to see where a merged model differs; from the cache where they are."""
+        for task in tasks:
+            if task in self.expert_logits or task not in self.bench.prepared.vectors.tasks:
+                continue
+            Maker(self.bench, (task,)).expert(task)
+            scored = self.bench.score(self.bench.fingerprint(), task, logits=True)
+            assert scored.result.logits is not None
+            self.expert_logits[task] = scored.result.logits
+
+    def _record(self) -> Comparison:
+        bench, recipe = self.bench, self.recipe
+        vectors = bench.prepared.vectors
+        common = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "overwrite"})
+        return Comparison(
+            title=f"{len(vectors.tasks)} experts of {Path(vectors.base.label).name or vectors.base.label}",
+            adamerging=__version__,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            complete=False,
+            planned=len(self.planned),
+            order=[planned.name for planned in self.planned],
+            base=vectors.base.label,
+            experts={name: weights.label for name, weights in vectors.experts.items()},
+            tasks=[_task_record(bench, name) for name in bench.seats],
+            settings={"recipe": common, "seeds": bench.settings.seeds, **scoring_of(bench.settings)},
+            versions={
+                "adamerging": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            geometry=_geometry(bench.prepared),
+        )
+
+
+def _task_record(bench: Bench, name: str) -> TaskRecord:
+    seat = bench.seats[name]
+    task = seat.task
+    names = class_names_of(seat)
+    classes = (
+        len(names) if names is not None else getattr(getattr(seat.module, "config", None), "num_labels", None)
+    )
+    return TaskRecord(
+        name=name,
+        kind=task.settings.get("kind"),
+        classes=classes,
+        label_names=names or [],
+        adapt=task.adapt.source if task.adapt is not None else None,
+        adapt_samples=len(task.adapt) if task.adapt is not None else 0,
+        evaluate=task.evaluate.source if task.evaluate is not None else None,
+        evaluate_samples=len(task.evaluate) if task.evaluate is not None else 0,
+        unseen=seat.unseen,
+    )
+
+
+def _geometry(prepared: Prepared) -> dict[str, Any]:
+    """Lengths, cosines and sign conflicts of the task vectors, as matrices in the experts' order."""
+    found = geometry(prepared.vectors, prepared.relatedness, threads=prepared.settings.threads)
+    tasks = list(prepared.vectors.tasks)
+    size = range(len(tasks))
+    cosines = [[1.0 if i == j else 0.0 for j in size] for i in size]
+    conflicts = [[0.0 for _ in size] for _ in size]
+    for pair in found.pairs:
+        i, j = (tasks.index(name) for name in pair.experts)
+        cosines[i][j] = cosines[j][i] = pair.cosine
+        conflicts[i][j] = conflicts[j][i] = pair.conflicts
+    return {
+        "tasks": tasks,
+        "norms": [found.experts[name].norm for name in tasks],
+        "cosines": cosines,
+        "sign_conflicts": conflicts,
+    }

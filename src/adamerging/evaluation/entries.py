@@ -1,0 +1,198 @@
+"""Names and settings of the `compare:` section → the merged models to make."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..adaptation.settings import PRESETS, AdaptSettings, resolve
+from ..errors import UsageError
+from ..methods import chain, make_method, methods
+from ..methods.stage import Method
+from ..recipe import Recipe, Settings
+from .settings import Entry
+
+ALIASES: Mapping[str, str] = {"adamerging": "paper", "adamerging++": "paper++"}
+"""Names of presets as the papers call them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to merge, settled.
+
+    Attributes:
+        settings: of a static merge, or of what learning works on.
+        method: of a static merge; None where coefficients are learned.
+        adapt: settings of learning; None for a static merge.
+        tried: what a sweep changed.
+    """
+
+    settings: Settings
+    method: Method | None
+    adapt: AdaptSettings | None
+    tried: Mapping[str, Any]
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed gives another model."""
+        return self.adapt is not None or (self.method is not None and self.method.seed is not None)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model of the comparison.
+
+    Attributes:
+        label: as the table calls it.
+        entry: what was asked for.
+        recipe: of which everything else comes.
+    """
+
+    label: str
+    entry: Entry
+    recipe: Recipe
+
+    @property
+    def learned(self) -> bool:
+        """Whether coefficients are learned."""
+        return self.entry.adapt is not None
+
+    def candidates(self, seed: int | None = None) -> list[Candidate]:
+        """What the sweep asks to try, in its order; one candidate without a sweep.
+
+        Args:
+            seed: of everything random in it; as given where None.
+
+        Raises:
+            UsageError: a key that cannot be swept, unknown methods, options or settings.
+        """
+        sweep = self.entry.sweep
+        empty = [key for key, values in sweep.items() if not values]
+        if empty:
+            raise UsageError(f"{self.label}: nothing to try for {', '.join(empty)}")
+        found = []
+        for values in itertools.product(*sweep.values()):
+            tried = dict(zip(sweep, values, strict=True))
+            found.append(_settle(self, self._changed(tried), tried, seed))
+        return found
+
+    def _changed(self, tried: Mapping[str, Any]) -> Entry:
+        fields = self.entry.model_dump(exclude_unset=True, exclude={"sweep", "choose_on"})
+        if isinstance(fields.get("adapt"), str):
+            fields["adapt"] = {"preset": fields["adapt"]}
+        for path, value in tried.items():
+            section, dot, option = path.partition(".")
+            if path == "scale":
+                fields["scale"] = value
+            elif section in ("options", "adapt") and dot:
+                fields[section] = {**(fields.get(section) or {}), option: value}
+            else:
+                raise UsageError(
+                    f"{self.label}: sweep takes scale, options.NAME and adapt.NAME, not '{path}'"
+                )
+        return Entry.model_validate(fields)
+
+
+def wanted(recipe: Recipe, names: Sequence[str | Mapping[str, Entry | None]]) -> list[Wanted]:
+    """The models that are asked for; without names the one that the recipe itself describes.
+
+    A name is that of a method (a static merge), of a preset of adaptation, or ``adamerging`` for the preset
+    ``paper``. Everything is settled once, so that what cannot be right is said before anything runs.
+
+    Raises:
+        UsageError: unknown names (the nearest is told), settings that cannot be right, a label given twice;
+            all in one message.
+    """
+    if not names:
+        names = [_own(recipe)]
+    found: list[Wanted] = []
+    problems = []
+    for item in names:
+        for label, entry in [(item, None)] if isinstance(item, str) else item.items():
+            try:
+                made = Wanted(label, _entry(label, entry), recipe)
+                for candidate in made.candidates(0):
+                    del candidate
+            except UsageError as error:
+                problems.append(str(error))
+                continue
+            if any(other.label == label for other in found):
+                problems.append(f"'{label}' is given twice; write {{another label: {{method: {label}}}}}")
+            found.append(made)
+    if problems:
+        raise UsageError("what cannot be compared:\n" + "\n".join(f"  - {text}" for text in problems))
+    return found
+
+
+def _own(recipe: Recipe) -> Mapping[str, Entry | None]:
+    """The recipe's own way to merge, as an entry."""
+    if recipe.adapt is not None:
+        fields = recipe.adapt.model_dump(exclude_unset=True)
+        return {fields.get("preset", "recommended"): Entry(adapt=fields or {"preset": "recommended"})}
+    label = "+".join(name for name, _ in recipe.chain())
+    return {label: Entry(method=recipe.method, options=recipe.options, scale=recipe.scale)}
+
+
+def _entry(label: str, entry: Entry | None) -> Entry:
+    """An entry that names its method or its preset."""
+    entry = entry or Entry()
+    if entry.method is not None and entry.adapt is not None:
+        raise UsageError(
+            f"{label}: method and adapt exclude each other; a method is where learning starts "
+            "(adapt: {start: ties}) or what is done to the task vectors first (adapt: {vectors: ties})"
+        )
+    if entry.adapt is not None:
+        return entry
+    if entry.method is not None:
+        return entry
+    name = ALIASES.get(label, label)
+    if name in PRESETS:
+        return entry.model_copy(update={"adapt": name})
+    if label not in methods():
+        known = [*methods(), *PRESETS, *ALIASES]
+        close = difflib.get_close_matches(label, known, n=2, cutoff=0.5)
+        said = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise UsageError(
+            f"unknown method '{label}'{said}; there are the methods of `adamerging methods` and the presets "
+            f"{', '.join([*PRESETS, *ALIASES])}"
+        )
+    return entry.model_copy(update={"method": label})
+
+
+def _settle(made: Wanted, entry: Entry, tried: Mapping[str, Any], seed: int | None) -> Candidate:
+    recipe = made.recipe
+    common = recipe.model_dump(include=set(Settings.model_fields) - {"method", "options", "scale", "weights"})
+    try:
+        if entry.adapt is not None:
+            given = {"preset": entry.adapt} if isinstance(entry.adapt, str) else dict(entry.adapt)
+            given["preset"] = ALIASES.get(given.get("preset", ""), given.get("preset", "recommended"))
+            own = recipe.adapt.model_dump(exclude_unset=True) if recipe.adapt is not None else {}
+            given = {key: own[key] for key in ("device", "budget") if key in own} | given
+            adapt = resolve(given | ({} if seed is None else {"seed": seed}))
+            return Candidate(Settings.model_validate(common), None, adapt, tried)
+        fields = {"method": entry.method, "options": entry.options, "scale": entry.scale}
+        steps = Settings.model_validate(fields).chain()
+        if seed is not None:
+            seeded = [(name, methods()[name].options if name in methods() else {}) for name, _ in steps]
+            steps = [
+                (name, options | ({"seed": seed} if "seed" in known and "seed" not in options else {}))
+                for (name, options), (_, known) in zip(steps, seeded, strict=True)
+            ]
+        method = chain([make_method(name, options) for name, options in steps])
+        weights = recipe.weights_by_expert() if method.weighted else 1.0
+        chosen = {"method": [{name: options} for name, options in steps], "scale": entry.scale}
+        settings = Settings.model_validate({**common, **chosen, "weights": weights})
+        return Candidate(settings, method, None, tried)
+    except UsageError as error:
+        raise UsageError(f"{made.label}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{made.label}: {_first(error)}") from None
+
+
+def _first(error: ValueError) -> str:
+    """The first problem of a validation, in words."""
+    found = getattr(error, "errors", None)
+    return str(found()[0]["msg"]).removeprefix("Value error, ") if callable(found) else str(error)

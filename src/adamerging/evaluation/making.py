@@ -1,0 +1,203 @@
+"""Make the working body a model of the comparison: base, expert, average, static merge, learned merge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..adaptation.adapt import run_warnings
+from ..adaptation.batchnorm import batchnorm_layers
+from ..adaptation.coefficients import table
+from ..adaptation.loop import Learner, estimate_statistics
+from ..adaptation.scoring import average_into
+from ..adaptation.session import Session, begin, learn, make_learner
+from ..adaptation.settings import resolve
+from ..errors import UsageError
+from ..merging import check_method
+from ..run import Prepared, merge_into, statistics_warning
+from ..tasks.task import Task
+from .bench import Bench
+from .entries import Candidate
+
+ROUNDS = 16
+"""Batches of every task that BatchNorm statistics are estimated on, as a merge with data does."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How the body came to be a model.
+
+    Attributes:
+        again: makes the body that model once more, without learning again.
+        adapted: inputs of the tasks were used.
+        labelled: their labels too.
+        warnings: what a reader should know.
+        history: records of learning.
+        coefficients: what was learned, see `records.Row`.
+        parameters: how many numbers that is.
+    """
+
+    again: Callable[[], None]
+    adapted: bool = False
+    labelled: bool = False
+    warnings: Sequence[str] = ()
+    history: Sequence[Mapping[str, Any]] = ()
+    coefficients: Mapping[str, Any] | None = None
+    parameters: int | None = None
+    seconds: float = field(default=0.0)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes models of some of the experts in a bench's body.
+
+    Args:
+        bench: weights and body.
+        experts: which take part, in order.
+        tasks: their data by expert; the bench's own where missing.
+        say: told what takes time.
+    """
+
+    bench: Bench
+    experts: Sequence[str]
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    say: Callable[[str], None] = lambda _: None
+
+    def base(self) -> Made:
+        """The base itself."""
+        return self._timed(lambda: self.bench.body.load_base(self.bench.prepared.vectors))
+
+    def expert(self, name: str) -> Made:
+        """One expert."""
+        return self._timed(lambda: self.bench.body.load_expert(self.bench.prepared.vectors, name))
+
+    def average(self) -> Made:
+        """The plain mean of the experts, BatchNorm statistics re-estimated where data is at hand."""
+        assert self.bench.scanned
+        prepared = self.bench.restricted(self.experts)
+
+        def fill() -> None:
+            average_into(self.bench.body, prepared.vectors, self.bench.workers)
+
+        return self._merged(prepared, fill)
+
+    def merge(self, candidate: Candidate, state: Path | None = None) -> Made:
+        """A static or a learned merge.
+
+        Args:
+            candidate: what to make.
+            state: where a learned one saves its state, and goes on from.
+
+        Raises:
+            AdamergingError: it cannot be made, see `run.merge` and `adaptation.adapt`.
+        """
+        assert self.bench.scanned
+        prepared = replace(self.bench.restricted(self.experts), settings=candidate.settings)
+        weights = _weights(candidate.settings.weights, self.experts)
+        changed = prepared.vectors.changed
+        vectors = replace(prepared.vectors, weights=weights)
+        vectors.changed = changed
+        prepared = replace(prepared, vectors=vectors)
+        if candidate.method is None:
+            return self._learned(prepared, candidate, state)
+        prepared = replace(prepared, method=candidate.method)
+        check_method(candidate.method, vectors, candidate.settings.scale)
+        return self._merged(
+            prepared, lambda: merge_into(self.bench.body.tensors, prepared, self.bench.workers)
+        )
+
+    def _data(self) -> dict[str, Task]:
+        return {
+            name: self.tasks.get(name, self.bench.seats[name].task)
+            for name in self.experts
+            if name in self.bench.seats
+        }
+
+    def _merged(self, prepared: Prepared, fill: Callable[[], None]) -> Made:
+        """Fill, and re-estimate BatchNorm statistics where every expert has data, as a merge does."""
+        tasks = self._data()
+        averaged = bool(prepared.plan.with_treatment("averaged"))
+        estimated = averaged and all(name in tasks and tasks[name].adapt for name in self.experts)
+        learners = self._learners(prepared, tasks) if estimated else []
+
+        def again() -> None:
+            fill()
+            if learners and batchnorm_layers(learners[0].module):
+                estimate_statistics(learners, self.bench.device, ROUNDS)
+
+        warnings = [] if estimated else statistics_warning(prepared.plan)
+        return replace(self._timed(again), adapted=estimated, warnings=warnings)
+
+    def _learners(self, prepared: Prepared, tasks: Mapping[str, Task]) -> list[Learner]:
+        settings, modules = resolve({"preset": "paper"}), self.bench.modules
+        return [
+            make_learner(task, self.bench.body, prepared, settings, modules[name])
+            for name, task in tasks.items()
+        ]
+
+    def _learned(self, prepared: Prepared, candidate: Candidate, state_file: Path | None) -> Made:
+        bench, settings = self.bench, candidate.adapt
+        assert settings is not None
+        lacking = [name for name in self.experts if name not in bench.seats]
+        if lacking:
+            raise UsageError(f"no data to learn from for {', '.join(lacking)}; give them under tasks")
+        started = time.perf_counter()
+        settings = settings.model_copy(update={"device": str(bench.device)})
+        session = begin(
+            prepared, self._data().values(), settings, bench.workers, self.say, body=bench.body,
+            modules=bench.modules, hashes=bench.hashes,
+        )  # fmt: skip
+        try:
+            state = learn(session, state_file=state_file)
+        finally:
+            bench.body.train_only(set())
+            bench.body.clear_gradients()
+        applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
+
+        def again() -> None:
+            bench.body.reset(prepared.vectors)
+            session.store.materialise(bench.body.tensors, applied, session.where)
+            bench.body.load_statistics(state.statistics)
+
+        again()
+        return Made(
+            again,
+            adapted=True,
+            labelled=session.objective.target == "labels",
+            warnings=run_warnings(session, state, applied),
+            history=state.history,
+            coefficients=_coefficients(session, table(applied, session.where)),
+            parameters=applied.numel(),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _timed(self, fill: Callable[[], None]) -> Made:
+        started = time.perf_counter()
+        fill()
+        return Made(fill, seconds=time.perf_counter() - started)
+
+
+def _weights(weights: Any, experts: Sequence[str]) -> Any:
+    """Weights by expert of those that take part."""
+    if not isinstance(weights, Mapping):
+        return weights
+    return {name: value for name, value in weights.items() if name in experts}
+
+
+def _coefficients(session: Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was learned, by row of the stack and group; of coefficients by row the mean a tensor."""
+    places = session.prepared.vectors.places
+    groups = [str(row["group"]) for row in rows]
+    by_block = session.settings.granularity == "block"
+    return {
+        "granularity": session.settings.granularity,
+        "tasks": list(session.where.rows),
+        "groups": groups,
+        "blocks": [
+            places[group].block if group in places else group if by_block else None for group in groups
+        ],
+        "values": [[row[task] for row in rows] for task in session.where.rows],
+    }

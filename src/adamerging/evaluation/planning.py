@@ -1,0 +1,106 @@
+"""Which rows a comparison has, and what each of them depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..adaptation.cache import key
+from .bench import Bench
+from .cache import VERSION
+from .entries import Wanted
+from .records import RowKind
+from .settings import CompareSettings
+from .store import row_name
+
+BASE = "base"
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One row to come.
+
+    Attributes:
+        label, kind, seed, group: as in `records.Row`.
+        experts: that are merged, or the one whose row it is; none for the base.
+        wanted: how to merge; None for base, expert and average.
+        tasks: that are scored; those of the experts, and others that the group holds out.
+    """
+
+    label: str
+    kind: RowKind
+    experts: tuple[str, ...]
+    tasks: tuple[str, ...]
+    wanted: Wanted | None = None
+    seed: int | None = None
+    group: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return row_name(self.label, self.group, self.seed)
+
+    def key(self, bench: Bench) -> str:
+        """Hash of all that it is computed from."""
+        entry = None
+        if self.wanted is not None:
+            entry = [
+                self.wanted.entry.choose_on if self.wanted.entry.sweep else None,
+                [
+                    [
+                        candidate.settings.model_dump(exclude={"threads"}),
+                        candidate.adapt and candidate.adapt.model_dump(exclude={"save_every", "budget"}),
+                    ]
+                    for candidate in self.wanted.candidates(self.seed)
+                ],
+            ]
+        transductive = None if self.wanted is None else self.wanted.recipe.transductive
+        own: list[Any] = [self.kind, self.seed, self.group, self.experts, self.tasks, entry, transductive]
+        return key("row", VERSION, own, scoring_of(bench.settings), str(bench.device), bench.content)
+
+
+def scoring_of(settings: CompareSettings) -> dict[str, Any]:
+    """What of the settings says how every row is scored."""
+    return settings.model_dump(include={"limit", "bootstrap", "shift", "unseen", "why"})
+
+
+def plan_rows(
+    experts: Sequence[str], tasks: Sequence[str], wanted: Sequence[Wanted], seeds: Sequence[int]
+) -> list[Planned]:
+    """The rows for all experts: base, each expert, the average, then what was asked for.
+
+    Args:
+        experts: names, in order.
+        tasks: those that are scored.
+        wanted: what was asked for; a plain average among it is the row that is there anyway.
+        seeds: a learned or random merge has a row for each.
+    """
+    everyone, scored = tuple(experts), tuple(tasks)
+    rows = [Planned(BASE, "base", (), scored)]
+    rows += [Planned(f"expert: {name}", "expert", (name,), scored) for name in scored if name in everyone]
+    rows.append(Planned(AVERAGE, "average", everyone, scored))
+    return rows + merged_rows(everyone, scored, wanted, seeds)
+
+
+def merged_rows(
+    experts: tuple[str, ...],
+    tasks: tuple[str, ...],
+    wanted: Sequence[Wanted],
+    seeds: Sequence[int],
+    group: str | None = None,
+) -> list[Planned]:
+    """The rows of what was asked for, of some of the experts."""
+    rows = []
+    for item in wanted:
+        if item.label == AVERAGE and not item.learned and not item.entry.sweep:
+            continue
+        seeded = any(candidate.seeded for candidate in item.candidates())
+        oracle = " (oracle)" if item.entry.sweep and item.entry.choose_on == "test" else ""
+        kind: RowKind = "learned" if item.learned else "static"
+        rows += [
+            Planned(f"{item.label}{oracle}", kind, experts, tasks, item, seed, group)
+            for seed in (dict.fromkeys(seeds) if seeded else [None])
+        ]
+    return rows

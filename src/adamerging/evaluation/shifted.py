@@ -1,0 +1,63 @@
+"""Models that adapt to shifted data, as in the paper: made anew and scored under every condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+
+from ..tasks.task import Task
+from .bench import Bench
+from .making import Made, Maker
+from .planning import Planned
+from .records import Row, ScoreRecord
+from .settings import CompareSettings
+
+Anew = Callable[[Planned, Maker, Row], list[ScoreRecord]]
+
+
+def adapted_anew(settings: CompareSettings, made: Made) -> Anew | None:
+    """How a model is scored under shift that adapts to shifted data; None for one that sees no data."""
+    if settings.shift is None or settings.shift.apply != "both" or not made.adapted:
+        return None
+    return _anew
+
+
+def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
+    bench = maker.bench
+    shift = bench.settings.shift
+    assert shift is not None and planned.wanted is not None
+    shifted_task: Callable[..., Task] = import_module(".shift", __package__).shifted_task
+    chosen = next(
+        candidate
+        for candidate in planned.wanted.candidates(planned.seed)
+        if all(candidate.tried.get(key) == value for key, value in _chosen(row).items())
+    )
+    records = []
+    for condition in _conditions(bench, planned.tasks):
+        name, _, severity = condition.rpartition(":")
+        affected = {
+            task: shifted_task(bench.seats[task].task, name, int(severity), seed=shift.seed)
+            for task in planned.experts
+            if task in bench.seats and (shift.tasks is None or task in shift.tasks)
+        }
+        maker.say(f"{planned.label}: {condition}")
+        replace(maker, tasks=affected).merge(chosen)
+        model = bench.fingerprint()
+        for task in affected:
+            for other, samples in bench.conditions(task):
+                if other == condition:
+                    records.append(bench.score(model, task, samples, condition).record)
+    return records
+
+
+def _chosen(row: Row) -> dict[str, object]:
+    """What the sweep's best candidate had; nothing without a sweep."""
+    tried = row.settings.get("tried") or []
+    best: dict[str, object] = max(tried, key=lambda item: item["accuracy"], default={})
+    return {key: value for key, value in best.items() if key != "accuracy"}
+
+
+def _conditions(bench: Bench, tasks: tuple[str, ...]) -> list[str]:
+    """Names of all conditions, in order."""
+    return list(dict.fromkeys(name for task in tasks for name, _ in bench.conditions(task)))

@@ -1,0 +1,159 @@
+"""`adamerging compare`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compared import CLASSES, save_recipe, save_texts
+
+FAST = {"bootstrap": 10, "why": False}
+
+
+@pytest.fixture(scope="module")
+def done(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and its finished comparison in `out`."""
+    import adamerging as am
+
+    folder = tmp_path_factory.mktemp("done")
+    methods = ["dare", "slerp", {"mine": {"method": "ties", "scale": 0.5}}]
+    recipe = save_recipe(folder, models, compare={"methods": methods, "seeds": [0, 1], **FAST})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAMERGING_CACHE", str(folder / "cache"))
+        am.compare(recipe, out=folder / "out")
+    return folder
+
+
+@pytest.fixture
+def out(done: Path, tmp_path: Path) -> Path:
+    """A copy of its records."""
+    return Path(shutil.copytree(done / "out", tmp_path / "out"))
+
+
+def test_the_table_shows_every_row_and_why_one_failed(cli, done, out):
+    ended = cli("compare", done / "recipe.yaml", "--out", out)
+    assert ended.code == 0, ended.err
+    for word in ("base", "experts", "average", "mine", "dare", *CLASSES, "± standard deviation over 2 seeds"):
+        assert word in ended.out
+    assert "failed: slerp: method 'slerp' merges exactly 2 experts, got 3" in ended.out
+    assert f"adamerging report {out}" in ended.err
+
+
+def test_json_is_one_document_with_all_records(cli, done, out):
+    ended = cli("compare", done / "recipe.yaml", "--out", out, "--json")
+    found = json.loads(ended.out)
+    assert found["complete"] and found["planned"] == len(found["rows"]) == 9
+    assert found["rows"][0]["scores"][0]["task"] == "films"
+    assert ended.err == ""
+
+
+def test_csv_has_a_line_for_each_score(cli, done, out):
+    rows = list(
+        csv.DictReader(io.StringIO(cli("compare", done / "recipe.yaml", "--out", out, "--format", "csv").out))
+    )
+    assert [row["label"] for row in rows[:3]] == ["base"] * 3
+    (failed,) = [row for row in rows if row["failed"]]
+    assert failed["label"] == "slerp" and failed["accuracy"] == ""
+    kept = json.loads((out / "rows" / next(p.name for p in (out / "rows").glob("mine-*"))).read_text())
+    mine = [row for row in rows if row["label"] == "mine"]
+    assert [float(row["nll"]) for row in mine] == [score["nll"] for score in kept["scores"]]
+
+
+def test_methods_and_seeds_of_the_command_line_come_first(cli, done, out):
+    ended = cli(
+        "compare", done / "recipe.yaml", "--out", out, "--methods", "mine,average", "--seeds", "0", "--json"
+    )
+    rows = json.loads(ended.out)["rows"]
+    assert [row["label"] for row in rows] == [
+        "base",
+        *(f"expert: {name}" for name in CLASSES),
+        "average",
+        "mine",
+    ]
+    assert rows[-1]["settings"]["scale"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "tes"], "unknown method 'tes', did you mean 'ties'"),
+        (["--methods", "adamergin"], "did you mean 'adamerging'"),
+        (["--methods", "ties,,dare"], "--methods takes names with commas"),
+        (["--methods", "ties,ties"], "'ties' is given twice"),
+        (["--seeds", "0,x"], "--seeds takes whole numbers"),
+        (["--seeds", "-1"], "--seeds takes whole numbers"),
+    ],
+)
+def test_arguments_that_cannot_be_right_are_refused(cli, done, tmp_path, arguments, message):
+    ended = cli("compare", done / "recipe.yaml", "--out", tmp_path / "new", *arguments)
+    assert ended.code == 2
+    assert message in ended.err and "Traceback" not in ended.err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("compare", "message"),
+    [
+        ({"metods": ["ties"]}, "unknown key 'compare.metods', did you mean 'methods'?"),
+        ({"shift": {"severity": [1]}}, "did you mean 'severities'?"),
+        ({"methods": [{"mine": {"method": "ties", "options": {"densty": 0.1}}}]}, "no option 'densty'"),
+        ({"methods": [{"mine": {"method": "ties", "sweep": {"lambda": [1]}}}]}, "sweep takes scale"),
+        ({"methods": [{"mine": {"method": "ties", "sweep": {"scale": []}}}]}, "nothing to try for scale"),
+        ({"methods": [{"mine": {"method": "ties", "adapt": "paper"}}]}, "exclude each other"),
+        ({"methods": [{"mine": {"adapt": {"steps": -1}}}]}, "steps"),
+        ({"methods": [{"mine": {"adapt": "papier"}}]}, "unknown preset 'papier'"),
+    ],
+)
+def test_a_section_that_cannot_be_right_is_refused(cli, models, tmp_path, compare, message):
+    ended = cli("compare", save_recipe(tmp_path, models, compare=compare), "--out", tmp_path / "new")
+    assert ended.code == 2
+    assert message in ended.err and "Traceback" not in ended.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_outside_the_heads_range_are_refused(cli, models, tmp_path):
+    path = save_texts(tmp_path / "films.jsonl", random.Random(0), 30, 5)
+    recipe = save_recipe(tmp_path, models, tasks={"films": {"evaluate": str(path)}})
+    ended = cli("compare", recipe, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert "has the label 4, but the head has 2 outputs (0 to 1)" in ended.err
+
+
+def test_an_empty_evaluation_set_is_refused(cli, models, tmp_path):
+    (tmp_path / "films.jsonl").write_text("")
+    recipe = save_recipe(tmp_path, models, tasks={"films": {"evaluate": str(tmp_path / "films.jsonl")}})
+    ended = cli("compare", recipe, "--out", tmp_path / "out")
+    assert ended.code == 2 and "is empty" in ended.err
+
+
+def test_damaged_records_are_computed_again(cli, done, out):
+    for path in [out / "comparison.json", *(out / "rows").iterdir()]:
+        path.write_bytes(b'\xff{"label": 3')
+    ended = cli("compare", done / "recipe.yaml", "--out", out, "--json")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["complete"]
+
+
+def test_odd_names_of_tasks_are_kept_and_files_are_safe(cli, models, tmp_path):
+    odd = "фильмы & 电影 #1"
+    text = yaml.safe_load(save_recipe(tmp_path, models).read_text())
+    text["experts"] = {odd: text["experts"]["films"], "books": text["experts"]["books"]}
+    text["tasks"] = {odd: text["tasks"]["films"], "books": text["tasks"]["books"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text, allow_unicode=True), encoding="utf-8")
+    ended = cli("compare", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--format", "markdown")
+    assert ended.code == 0, ended.err
+    assert f"| {odd} |" in ended.out
+    assert all(path.name.isascii() for path in (tmp_path / "out" / "rows").iterdir())
+
+
+def test_a_recipe_that_is_no_utf_8_is_refused(cli, tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"base: caf\xe9\n")
+    ended = cli("compare", tmp_path / "recipe.yaml", "--out", tmp_path / "out")
+    assert ended.code == 2 and "not a readable YAML file" in ended.err
