@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from adamerging.finetune import LabelledTexts, finetune_text, read_jsonl, text_logits, zero_shot_head
+from torch import Tensor
 
 TASKS = (
     "sst2",

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -201,16 +201,16 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         recipe._notes = tuple(notes)
         return recipe
     if isinstance(fields.get("base"), str):
-        fields["base"] = _beside(path, fields["base"])
+        fields["base"] = local(path, fields["base"])
     if isinstance(fields.get("out"), str):
         fields["out"] = str(path.parent / fields["out"])
     experts = fields.get("experts")
     if isinstance(experts, dict):
         for name, expert in experts.items():
             if isinstance(expert, str):
-                experts[name] = _beside(path, expert)
+                experts[name] = local(path, expert)
             elif isinstance(expert, dict) and isinstance(expert.get("path"), str):
-                expert["path"] = _beside(path, expert["path"])
+                expert["path"] = local(path, expert["path"])
     _data_beside(path, fields)
     return make(Recipe, override(fields, overrides or {}), str(path))
 
@@ -285,10 +285,7 @@ def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
 def _explain(model: type[BaseModel], problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        depth = len(problem["loc"])
-        nested: dict[str, type[BaseModel]] = {"experts": Expert, "tasks": TaskSpec, "adapt": AdaptSettings}
-        part = nested.get(problem["loc"][0], model) if depth > 1 else model
-        known = part.model_fields
+        known = (_model_at(model, problem["loc"][:-1]) or model).model_fields
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
         return f"unknown key '{key}'" + (
             f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
@@ -299,7 +296,23 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
     return f"{key} (={problem['input']!r}): {message}" if key else message
 
 
-def _beside(recipe: Path, value: str) -> str:
+def _model_at(annotation: Any, keys: Sequence[Any]) -> type[BaseModel] | None:
+    """The model that a place in the data is read as: through fields, dicts, lists and unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if not keys:
+            return annotation
+        if keys[0] == annotation.__name__:  # pydantic names the branch of a union
+            return _model_at(annotation, keys[1:])
+        field = annotation.model_fields.get(str(keys[0]))
+        return None if field is None else _model_at(field.annotation, keys[1:])
+    branches = get_args(annotation)
+    if isinstance(get_origin(annotation), type) and issubclass(get_origin(annotation), (dict, list)):
+        branches, keys = branches[-1:], keys[1:]
+    found = (_model_at(branch, keys) for branch in branches)
+    return next((model for model in found if model is not None), None)
+
+
+def local(recipe: Path, value: str) -> str:
     """A path that exists beside the recipe, else the value itself (a hub id, or a path to be reported)."""
     candidate = recipe.parent / value
     looks_local = value.startswith((".", "/", "~")) or value.endswith("/") or value.count("/") != 1

@@ -11,6 +11,7 @@ import typer
 from .. import __version__
 from .cache import cache
 from .failing import TRACEBACK, guard
+from .finetuning import finetune
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=EPILOG)(inspect)
+app.command(epilog=EPILOG)(finetune)
 app.command()(methods)
 app.command()(cache)
 app.command()(predict)
