@@ -16,6 +16,7 @@ from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .serving import export, predict
+from .suite import suite
 
 EPILOG = "\n\n".join(
     [
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command(epilog=EPILOG)(merge)
 app.command(epilog=EPILOG)(inspect)
 app.command(epilog=EPILOG)(finetune)
+app.command(epilog=EPILOG)(suite)
 app.command()(methods)
 app.command()(cache)
 app.command()(predict)

@@ -80,7 +80,7 @@ def run(recipe: FinetuneRecipe, *, dry_run: bool = False) -> list[Outcome]:
 def print_outcomes(outcomes: Sequence[Outcome], *, dry_run: bool, as_json: bool) -> None:
     """What became of each expert, as a table or as JSON."""
     if as_json:
-        show.print_json({"dry_run": dry_run, "experts": [_plain(outcome) for outcome in outcomes]})
+        show.print_json({"dry_run": dry_run, "experts": [plain(outcome) for outcome in outcomes]})
         return
     rows = []
     for outcome in outcomes:
@@ -95,7 +95,8 @@ def print_outcomes(outcomes: Sequence[Outcome], *, dry_run: bool, as_json: bool)
         console.print("\nNothing was written.")
 
 
-def _plain(outcome: Outcome) -> dict[str, Any]:
+def plain(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as plain data."""
     keys = ("val_accuracy", "test_accuracy", "best_epoch", "epochs_run", "seconds", "key", "settings")
     found = {key: outcome.record[key] for key in keys if key in outcome.record}
     return {"task": outcome.name, "status": outcome.status, "out": str(outcome.out), **found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -37,14 +38,14 @@ def adapted(
     owners = sorted({name.rpartition(".")[0] for name in head})
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
         modules_to_save=owners or None,
         task_type=task_type,
     )
     try:
-        wrapped: nn.Module = get_peft_model(module, config)
+        wrapped: Any = get_peft_model(module, config)
     except ValueError as error:
         raise UsageError(
             f"lora: {error}; give lora.targets, ends of the names of the layers to adapt"

@@ -296,24 +296,22 @@ def _part(name: str, spec: FinetuneTask, base: Weights, digest: str) -> Part:
         raise UsageError(f"task '{name}' is of kind {kind}, which has no use for: {', '.join(given)}")
     if kind == "module" and spec.model is None:
         raise UsageError(f"task '{name}' is of kind module: name what makes its model, package.module:name")
-    splits = {}
     fields = Fields(spec.input_field, spec.label_field, spec.pair_field)
-    for which in ("train", "val", "test"):
-        source = getattr(spec, which)
+
+    def read(which: str, source: str) -> Samples:
         try:
-            splits[which] = None if source is None else read_samples(source, _DATA[kind], fields)
+            return read_samples(source, _DATA[kind], fields)
         except UsageError as error:
             raise UsageError(f"task '{name}', {which}: {error}") from None
-    names = _label_names(name, spec.label_names) or classes_of(splits["train"])
+
+    found = {"train": read("train", spec.train), "val": read("val", spec.val)}
+    if spec.test is not None:
+        found["test"] = read("test", spec.test)
+    names = _label_names(name, spec.label_names) or classes_of(found["train"])
     if len(names) == 1:
         raise UsageError(f"task '{name}' has one class alone, {names[0]!r}: there is nothing to tell apart")
-    found = {
-        which: None if samples is None else checked(name, which, samples, names)
-        for which, samples in splits.items()
-    }
-    return Part(
-        name, spec, kind, base, digest, found["train"], found["val"], found["test"], names
-    )  # fmt: skip
+    good = {which: checked(name, which, samples, names) for which, samples in found.items()}
+    return Part(name, spec, kind, base, digest, good["train"], good["val"], good.get("test"), names)
 
 
 def _guess_kind(name: str, spec: FinetuneTask, base: Weights) -> Kind:

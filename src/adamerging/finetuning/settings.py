@@ -140,7 +140,11 @@ class FinetuneRecipe(BaseModel):
 
     def multitask_settings(self) -> FinetuneSettings:
         """The settings of the joint run."""
-        own = self.multitask if isinstance(self.multitask, FinetuneSettings) else FinetuneSettings()
+        own = (
+            self.multitask
+            if isinstance(self.multitask, FinetuneSettings)
+            else FinetuneSettings.model_validate({})
+        )
         return over(self.settings, own)
 
 

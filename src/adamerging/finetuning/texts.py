@@ -89,21 +89,19 @@ def finetune_text(
     task = name or folder.name
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} exists; pass overwrite=True to replace it")
-    parts = [
-        checked(task, which, _samples(texts), labels)
-        for which, texts in (("train", train_texts), ("val", val_texts))
-    ]
+    first = checked(task, "train", _samples(train_texts), labels)
+    second = checked(task, "val", _samples(val_texts), labels)
     opened = open_weights(str(base))
 
     def learners() -> list[Learner]:
         if frozen_head is None:
-            return [text_learner(task, opened, *parts, labels, chosen)]
-        return [embedding_learner(task, opened, *parts, labels, chosen, frozen_head)]
+            return [text_learner(task, opened, first, second, labels, chosen)]
+        return [embedding_learner(task, opened, first, second, labels, chosen, frozen_head)]
 
     about = {
         **chosen.model_dump(),
         "base": str(base), "labels": list(labels), "head": "trained" if frozen_head is None else "frozen",
-        "train": parts[0].fingerprint, "val": parts[1].fingerprint,
+        "train": first.fingerprint, "val": second.fingerprint,
     }  # fmt: skip
     say = progress or (lambda _: None)
     return train(learners, [Expert(folder, about)], chosen, overwrite=overwrite, say=say)[0]

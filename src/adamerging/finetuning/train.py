@@ -137,7 +137,7 @@ def wants_bf16(setting: Any, device: torch.device) -> bool:
     if setting != "auto":
         return bool(setting)
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     has: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return device.type == "cpu" and has()
 

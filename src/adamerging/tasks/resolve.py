@@ -93,8 +93,8 @@ def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder:
         )
     return module_task(
         name, adapt, evaluate, model=factory(spec.model, spec.model_options), head=named(spec.head),
-        collate=named(spec.collate), forward=named(spec.forward), input_field=spec.input_field, label_field=spec.label_field,
-        label_names=spec.label_names,
+        collate=named(spec.collate), forward=named(spec.forward), input_field=spec.input_field,
+        label_field=spec.label_field, label_names=spec.label_names,
     )  # fmt: skip
 
 
