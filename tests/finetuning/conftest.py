@@ -10,13 +10,14 @@ import pytest
 import yaml
 
 from finetuning_data import COUNTS, QUICK, write_texts
-from models import as_sentence_encoder
-from tiny_tasks import save_text_base, save_vit
+from models import WORDS, as_sentence_encoder, save_bert
+from tiny_tasks import save_tokenizer, save_vit
 
 
 @pytest.fixture(scope="session")
 def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_text_base(tmp_path_factory.mktemp("finetuning") / "base")
+    folder = save_bert(tmp_path_factory.mktemp("finetuning") / "base", initializer_range=0.3)
+    save_tokenizer(folder, WORDS)
     as_sentence_encoder(folder)
     return folder
 

@@ -54,7 +54,7 @@ def test_another_setting_is_refused_and_named_unless_overwritten(cli: Cli, recip
     changed = recipe(settings={**QUICK, "epochs": 1})
     refused = cli("finetune", changed)
     assert refused.code == 6
-    assert "made otherwise: epochs was 2.0, now 1.0" in refused.err and "--overwrite" in refused.err
+    assert "made otherwise: epochs was 4.0, now 1.0" in refused.err and "--overwrite" in refused.err
     assert cli("finetune", changed, "--tasks", "sizes", "--overwrite").code == 0
 
 
@@ -219,7 +219,7 @@ def test_a_wrong_number_of_outputs_is_refused(cli: Cli, network: Path) -> None:
     fields["tasks"]["b"]["model_options"] = {"classes": 5}
     network.write_text(yaml.safe_dump(fields), encoding="utf-8")
     done = cli("finetune", network, "--tasks", "b")
-    assert done.code == 2 and "5 outputs, and there are 3 classes" in done.err
+    assert done.code == 2 and "3 label_names, but the head has 5 outputs" in done.err
 
 
 TASK = {split: f"data/colours/{split}.jsonl" for split in ("train", "val", "test")}
@@ -244,7 +244,7 @@ TASK = {split: f"data/colours/{split}.jsonl" for split in ("train", "val", "test
         ({"tasks": {}}, 2, "tasks"),
         ({"tasks": {"../x": TASK}}, 2, "cannot be a task's name"),
         ({"tasks": {"colours": {**TASK, "templates": ["no place"]}}}, 2, "where the class's name goes"),
-        ({"tasks": {"colours": {**TASK, "kind": "image"}}}, 2, "not an image"),
+        ({"tasks": {"colours": {**TASK, "kind": "image"}}}, 3, "has no AutoModelForImageClassification"),
         ({"tasks": {"colours": {**TASK, "kind": "module"}}}, 2, "name what makes its model"),
         ({"tasks": {"colours": {**TASK, "collate": "a:b"}}}, 2, "has no use for: collate"),
         ({"settings": {**QUICK, "lora": {"targets": ["nothing"]}}}, 2, "lora.targets"),

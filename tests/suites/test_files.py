@@ -56,7 +56,6 @@ def test_the_written_recipes_load_as_they_are(suite, tmp_path: Path) -> None:
     paths = fill(suite, data=tmp_path / "data", out=tmp_path / "out", tasks=suite.data.tasks[:2]).write(
         tmp_path
     )
-    from adamerging.finetuning import load_finetune_recipe
 
     assert list(load_finetune_recipe(paths["finetune"]).tasks) == suite.data.tasks[:2]
     assert list(load_recipe(paths["merge"]).experts) == suite.data.tasks[:2]

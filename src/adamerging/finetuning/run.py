@@ -26,7 +26,7 @@ from .learner import Learner, checked, classes_of
 from .modules import module_learner
 from .record import RECORD, content_key, differences, read_record
 from .settings import MULTITASK, FinetuneRecipe, FinetuneSettings, FinetuneTask
-from .train import Expert, default_threads, train
+from .train import Expert, default_threads, identify, train
 from .transformers_models import embedding_learner, image_learner, text_learner
 
 Status = Literal["to train", "trained", "kept"]
@@ -206,11 +206,14 @@ def prepare(recipe: FinetuneRecipe) -> list[Job]:
 def _job(
     name: str, parts: Sequence[Part], settings: FinetuneSettings, out: Path, recipe: FinetuneRecipe
 ) -> Job:
-    about = [{**settings.model_dump(), **part.identity()} for part in parts]
+    about = [part.identity() for part in parts]
     if len(parts) > 1:
         together = [each["train"] for each in about]
         about = [{**each, "together": together} for each in about]
-    experts = [Expert(out / part.name, each, part.test) for part, each in zip(parts, about, strict=True)]
+    experts = [
+        Expert(out / part.name, *identify(settings, each), part.test)
+        for part, each in zip(parts, about, strict=True)
+    ]
     done = [_is_done(expert, overwrite=recipe.overwrite) for expert in experts]
     return Job(name, settings, parts, experts, all(done))
 
@@ -224,7 +227,7 @@ def _is_done(expert: Expert, *, overwrite: bool) -> bool:
     if not expert.out.exists():
         return False
     record = read_record(expert.out)
-    if record is not None and record.get("key") == content_key(expert.settings):
+    if record is not None and record.get("key") == expert.key:
         return True
     if overwrite:
         return False

@@ -21,7 +21,7 @@ from ..weights import open_weights
 from .learner import Learner, checked
 from .record import FinetuneResult
 from .settings import FinetuneSettings
-from .train import Expert, train
+from .train import Expert, identify, train
 from .transformers_models import embedding_learner, text_learner
 
 PathLike = str | os.PathLike[str]
@@ -98,13 +98,14 @@ def finetune_text(
             return [text_learner(task, opened, first, second, labels, chosen)]
         return [embedding_learner(task, opened, first, second, labels, chosen, frozen_head)]
 
-    about = {
-        **chosen.model_dump(),
+    others = {
         "base": str(base), "labels": list(labels), "head": "trained" if frozen_head is None else "frozen",
         "train": first.fingerprint, "val": second.fingerprint,
     }  # fmt: skip
     say = progress or (lambda _: None)
-    return train(learners, [Expert(folder, about)], chosen, overwrite=overwrite, say=say)[0]
+    return train(learners, [Expert(folder, *identify(chosen, others))], chosen, overwrite=overwrite, say=say)[
+        0
+    ]
 
 
 def text_logits(

@@ -24,18 +24,26 @@ from .settings import FinetuneSettings
 from .transformers_models import word_embeddings
 
 
+def identify(settings: FinetuneSettings, others: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """All settings, for the record, and their key: over those that are no defaults, and all others."""
+    given = settings.model_dump(exclude_defaults=True)
+    return {**settings.model_dump(), **others}, content_key({**given, **others})
+
+
 @dataclass(frozen=True)
 class Expert:
     """What becomes one folder.
 
     Attributes:
         out: the folder.
-        settings: everything that decides the result; its hash is the record's key.
+        settings: everything that decides the result, for the record.
+        key: identifies it.
         test: labelled data to score the result on.
     """
 
     out: Path
     settings: Mapping[str, Any]
+    key: str
     test: Samples | None = None
 
 
@@ -66,7 +74,6 @@ def train(
         NonFiniteError: the loss became NaN or infinite.
     """
     place = where(device)
-    bf16 = wants_bf16(settings.bf16, place)
     started = time.perf_counter()
     with seeded(settings.seed, place) as generator:
         learners = [_subset(each, settings, generator) for each in make()]
@@ -74,6 +81,7 @@ def train(
             _prepare(learner, settings, place)
         if len(learners) > 1:
             share_body(learners)
+        bf16 = wants_bf16(settings.bf16, place, learners)
         history = fit(
             learners, settings, generator=generator, bf16=bf16, say=say, on_step=on_step
         )  # fmt: skip
@@ -93,7 +101,7 @@ def train(
             trained_parameters=trained,
             frozen_parameters=sum(p.numel() for p in parameters) - trained,
             settings=dict(expert.settings),
-            key=content_key(expert.settings),
+            key=expert.key,
             machine={
                 "device": str(place), "threads": torch.get_num_threads(), "bf16": bf16,
                 "torch": torch.__version__, "adamerging": __version__,
@@ -129,15 +137,18 @@ def where(device: str | None) -> torch.device:
     return place
 
 
-def wants_bf16(setting: Any, device: torch.device) -> bool:
-    """Whether to compute in bfloat16: as told, or where the processor has instructions for it.
+def wants_bf16(setting: Any, device: torch.device, learners: Sequence[Learner]) -> bool:
+    """Whether to compute in bfloat16: as told, or where it is fast.
 
-    Two to three times as fast on processors that have them, much slower on others.
+    Transformers are two to three times as fast on processors with instructions for it, and much slower on
+    others; convolutions take twice as long on any.
     """
     if setting != "auto":
         return bool(setting)
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
+    if any(learner.task.settings.get("kind") == "module" for learner in learners):
+        return False
     has: Callable[[], bool] = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return device.type == "cpu" and has()
 

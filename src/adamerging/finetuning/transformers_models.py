@@ -172,7 +172,10 @@ def _classifier(auto: Any, base: Weights, label_names: Sequence[str]) -> tuple[A
                 str(folder), config=config, ignore_mismatched_sizes=True, output_loading_info=True
             )
         except ValueError as error:
-            raise WeightsError(f"{base.label} cannot be the base of a classifier: {error}") from None
+            reason = str(error).splitlines()[0]
+            if "Unrecognized configuration class" in reason:
+                reason = f"transformers has no {auto.__name__} for the model type '{config.model_type}'"
+            raise WeightsError(f"{base.label} cannot be the base of a classifier: {reason}") from None
     prefix = f"{module.base_model_prefix}."
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     names = (name for name, _ in module.named_parameters())
