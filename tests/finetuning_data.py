@@ -9,6 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from models import WORDS, as_sentence_encoder, save_bert
+from tiny_tasks import save_tokenizer
+
+
+def save_encoder(folder: Path) -> Path:
+    """A sentence encoder with weights large enough that there is something to learn from."""
+    save_tokenizer(save_bert(folder, initializer_range=0.3), WORDS)
+    as_sentence_encoder(folder)
+    return folder
+
 
 def write_texts(folder: Path, classes: int, counts: dict[str, int], seed: int = 0) -> None:
     """Texts whose class is told by one word."""

@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from finetuning_data import COUNTS, QUICK, write_texts
-from models import WORDS, as_sentence_encoder, save_bert
-from tiny_tasks import save_tokenizer, save_vit
+from finetuning_data import COUNTS, QUICK, save_encoder, write_texts
+from tiny_tasks import save_vit
 
 
 @pytest.fixture(scope="session")
 def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_bert(tmp_path_factory.mktemp("finetuning") / "base", initializer_range=0.3)
-    save_tokenizer(folder, WORDS)
-    as_sentence_encoder(folder)
-    return folder
+    return save_encoder(tmp_path_factory.mktemp("finetuning") / "base")
 
 
 @pytest.fixture(scope="session")
