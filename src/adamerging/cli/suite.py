@@ -155,7 +155,7 @@ def _merge(
 
 
 def _compare(path: str, folder: Path, as_json: bool) -> dict[str, Any]:
-    from ..evaluation.compare import compare  # type: ignore[import-not-found]
+    from ..evaluation.compare import compare  # type: ignore[import-not-found, unused-ignore]
     from ..recipe import load_recipe
 
     found = compare(load_recipe(path), out=folder / "compare")
