@@ -79,7 +79,7 @@ def main() -> None:
         task: {split: str(out / "data" / task / f"{split}.jsonl") for split in ("train", "val", "test")}
         for task in TASKS
     }
-    toy = {"epochs": 4, "body_lr": 1e-3, "head_lr": 1e-2, "batch_size": 16, "max_length": 16}
+    toy = {"epochs": 5, "body_lr": 3e-3, "head_lr": 1e-2, "batch_size": 8, "max_length": 16, "freeze": []}
     recipe = FinetuneRecipe(base=str(base), out=str(out / "experts"), settings=toy, tasks=files)
     for expert in finetune(recipe):
         print(f"expert {expert.name}: {100 * expert.record['test_accuracy']:.0f} % right on test")

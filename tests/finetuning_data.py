@@ -46,15 +46,8 @@ def write_images(path: Path, classes: int, counts: dict[str, int], seed: int = 0
 
 
 COUNTS = {"train": 96, "val": 16, "test": 16}
-QUICK = {
-    "epochs": 4,
-    "body_lr": 3e-3,
-    "head_lr": 1e-2,
-    "batch_size": 8,
-    "max_length": 16,
-    "bf16": False,
-    "patience": 9,
-}
+RATES = {"body_lr": 1e-2, "head_lr": 1e-2, "freeze": []}
+QUICK = {"epochs": 4, "batch_size": 8, "max_length": 16, "bf16": False, "patience": 9, **RATES}
 
 
 class Net(torch.nn.Module):

@@ -101,9 +101,8 @@ def _list(files: Any, as_json: bool) -> None:
 
 
 def _needs(loaded: Any) -> str:
-    return ", ".join(
-        [loaded.data.seen.replace("${task}", f"{{{','.join(loaded.data.tasks)}}}")] + loaded.data.unseen
-    )
+    tasks = [loaded.data.seen.replace("${task}", task) for task in loaded.data.tasks]
+    return ", ".join(tasks + loaded.data.unseen)
 
 
 def _finetune(
@@ -124,9 +123,7 @@ def _below(outcomes: Sequence[Outcome], floors: dict[str, float]) -> list[str]:
         accuracy = outcome.record.get("test_accuracy")
         floor = floors.get(outcome.name)
         if accuracy is not None and floor is not None and 100 * accuracy < floor:
-            show.warn(
-                f"expert {outcome.name}: {100 * accuracy:.1f} % on test, the suite asks for {floor:g} %"
-            )
+            show.warn(f"expert {outcome.name}: {100 * accuracy:.1f} % on test, it should reach {floor:g} %")
             weak.append(outcome.name)
     return weak
 
