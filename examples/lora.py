@@ -32,7 +32,7 @@ def main() -> None:
 
     # 1. `lora:` makes adapters in place of whole models; the head is trained whole and saved with them.
     settings = {
-        "epochs": 8, "patience": 8, "body_lr": 1e-2, "head_lr": 1e-2, "batch_size": 8, "max_length": 16,
+        "epochs": 6, "patience": 6, "body_lr": 1e-2, "head_lr": 1e-2, "batch_size": 8, "max_length": 16,
         "lora": {"rank": 4, "targets": ["query", "value", "dense"]},
     }  # fmt: skip
     recipe = FinetuneRecipe(base=str(base), out=str(out / "adapters"), settings=settings, tasks=files)

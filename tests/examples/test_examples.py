@@ -30,7 +30,7 @@ def test_experts_are_trained_merged_and_asked(name: str, tmp_path: Path) -> None
         pytest.importorskip("peft")
     out = run(name, tmp_path)
     percents = [int(percent) for percent in re.findall(r"(\d+) %(?: right)? on test", out)]
-    assert len(percents) == 2 and min(percents) > 75
+    assert len(percents) == 2 and min(percents) > 60
     answers = re.findall(r"^(taste|topic): '.*' is (\w+) \(\d+ %\)$", out, re.MULTILINE)
     assert [task for task, _ in answers] == ["taste", "topic"]
     assert answers[0][1] in ("good", "bad") and answers[1][1] in ("food", "film", "sport")
