@@ -126,7 +126,7 @@ def test_lora_writes_an_adapter_that_merges(
     assert done.code == 0, done.err
     assert all(each["val_accuracy"] > 0.4 for each in json.loads(done.out)["experts"])
     folder = tmp_path / "experts" / "colours"
-    assert {"adapter_config.json", "adapter_model.safetensors", "finetune.json"} <= {
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "finetune.json"} <= {
         each.name for each in folder.iterdir()
     }
     experts = [f"{name}={tmp_path / 'experts' / name}" for name in ("colours", "sizes")]

@@ -197,6 +197,9 @@ def _saver(beside: Callable[[Path], Any]) -> Save:
     def save(module: Any, folder: Path) -> None:
         if hasattr(module, "peft_config"):
             save_adapter(module, folder)
+            whole = module.get_base_model()  # the adapter's own files do not name the classes
+            whole.config.architectures = [type(whole).__name__]
+            whole.config.save_pretrained(str(folder))
         else:
             with quiet():
                 module.save_pretrained(str(folder))
