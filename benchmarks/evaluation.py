@@ -105,9 +105,8 @@ def texts_of(args: argparse.Namespace, tokenizer) -> list[str]:
 
 
 def images(args: argparse.Namespace) -> None:
-    from adamerging.evaluation.shift import conditions
-
     from adamerging.evaluation.settings import Shift
+    from adamerging.evaluation.shift import conditions
 
     rng = np.random.default_rng(0)
     shots = rng.integers(0, 256, (min(args.samples, 500), 64, 64, 3), dtype=np.uint8)

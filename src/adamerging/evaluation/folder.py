@@ -14,11 +14,11 @@ from torch import nn
 from ..adaptation.session import make_device
 from ..errors import UsageError
 from ..output.folder import RECORD
-from ..recipe import make
 from ..serving import load
 from ..tasks.resolve import make_task
 from ..tasks.spec import TaskSpec
 from ..tasks.task import Task
+from ..validation import make
 from ..weights import Weights, open_weights
 from .bench import first
 from .cache import Result, find, fingerprint, keep, result_key

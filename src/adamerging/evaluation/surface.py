@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..stream import Workers
 from ..task_vectors import TaskVectors
 from ..tasks.task import Samples, Task
-from .scores import logits_of
+from .inference import logits_of
 
 GRID = tuple(number / 8 for number in range(9))
 Fill = Callable[[float, float], None]

@@ -17,13 +17,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..recipe import make
 from ..tasks.data import DataKind, Fields, count_shared, read_samples
 from ..tasks.labels import NamedLabels, settle
 from ..tasks.resolve import named
 from ..tasks.spec import TaskSpec, beside
 from ..tasks.task import Inputs, Samples, Task
 from ..tasks.text_classification import read_head
+from ..validation import make
 from ..weights.source import Weights
 from .features import Host, features, features_of
 from .probe import LinearHead, fit_probe, given_head, pick_samples

@@ -25,14 +25,23 @@ class OutputFolder:
 
     Args:
         target: where the folder shall appear.
-        overwrite: replace a folder that an earlier run wrote (told by its ``run.json``).
+        overwrite: replace a folder that an earlier run wrote (told by its record).
         inputs: folders and files that are read; the target must be none of them, nor inside or around one.
+        record: name of the file that tells a folder written by such a run.
 
     Raises:
         OutputError: the target exists, is an input, cannot be created, or another run is writing it.
     """
 
-    def __init__(self, target: str | Path, *, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        overwrite: bool = False,
+        inputs: Iterable[Path] = (),
+        record: str = RECORD,
+    ) -> None:
+        self.record = record
         self.target = Path(os.path.abspath(target))
         self.overwrite = overwrite
         self.path = self.target.with_name(f".{self.target.name}.partial")
@@ -59,10 +68,11 @@ class OutputFolder:
             raise OutputError(
                 f"{self.target} exists; choose another --out, or pass --overwrite to replace it"
             )
-        if not self.target.is_dir() or (not (self.target / RECORD).exists() and any(self.target.iterdir())):
+        ours = (self.target / self.record).exists()
+        if not self.target.is_dir() or (not ours and any(self.target.iterdir())):
             raise OutputError(
-                f"{self.target} was not written by this program (it holds no {RECORD}) and is not replaced; "
-                "remove it yourself or choose another --out"
+                f"{self.target} was not written by this program (it holds no {self.record}) and is not "
+                "replaced; remove it yourself or choose another --out"
             )
 
     def __enter__(self) -> OutputFolder:

@@ -49,7 +49,7 @@ def image_task(
     """
     fields = Fields(image_field, label_field)
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "image", fields, label_names)
-    pixels = _Pixels(name, processor)
+    pixels = Pixels(name, processor)
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
         module = classifier(transformers.AutoModelForImageClassification, expert, base)
@@ -71,7 +71,7 @@ def image_task(
     )
 
 
-class _Pixels:
+class Pixels:
     """Images → ``pixel_values``, by the processor that belongs to the model."""
 
     def __init__(self, task: str, processor: Any) -> None:
@@ -84,6 +84,7 @@ class _Pixels:
         self._mode = "RGB"
 
     def bind(self, expert: Weights, base: Weights, config: Any) -> None:
+        """Take the processor that belongs to a model, unless one was given."""
         self._mode = {1: "L", 4: "RGBA"}.get(getattr(config, "num_channels", 3), "RGB")
         if self._given is not None:
             return
@@ -94,6 +95,7 @@ class _Pixels:
             self._process = _plain(config)
 
     def collate(self, inputs: Sequence[Any]) -> Inputs:
+        """Pixels of some images. Raises `UsageError` where no processor is known yet."""
         if self._process is None:
             raise UsageError(
                 f"task '{self.task}' has no image processor yet: it comes with the expert. Build the model "

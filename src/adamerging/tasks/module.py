@@ -186,4 +186,5 @@ def _before(
 
 def _name_of(model: Any) -> str:
     kind = type(model) if isinstance(model, nn.Module) else model
+    kind = getattr(kind, "func", kind)  # of a partial
     return f"{getattr(kind, '__module__', '?')}:{getattr(kind, '__qualname__', '?')}"

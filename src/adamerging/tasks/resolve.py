@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from .. import naming
 from ..errors import UsageError
@@ -24,7 +27,7 @@ _USES: Mapping[str, tuple[str, ...]] = {
     "text": ("max_length", "pair_field", "tokenizer"),
     "text_embedding": ("max_length", "tokenizer", "head"),
     "image": ("processor",),
-    "module": ("model", "head", "collate", "forward", "feature_module"),
+    "module": ("model", "model_options", "head", "collate", "forward", "feature_module"),
 }
 
 
@@ -89,9 +92,9 @@ def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder:
             f"task '{name}' is of kind module: name what makes its model, model: package.module:name"
         )
     return module_task(
-        name, adapt, evaluate, model=named(spec.model), head=named(spec.head), collate=named(spec.collate),
-        forward=named(spec.forward), input_field=spec.input_field, label_field=spec.label_field,
-        label_names=spec.label_names, feature_module=spec.feature_module,
+        name, adapt, evaluate, model=factory(spec.model, spec.model_options), head=named(spec.head),
+        collate=named(spec.collate), forward=named(spec.forward), input_field=spec.input_field,
+        label_field=spec.label_field, label_names=spec.label_names, feature_module=spec.feature_module,
     )  # fmt: skip
 
 
@@ -122,6 +125,20 @@ def guess_kind(name: str, expert: Weights, base: Weights, *, has_model: bool = F
     )
 
 
+def factory(path: str, options: Mapping[str, Any]) -> Any:
+    """What makes a model: the object that a path names, to be called with the options.
+
+    Raises:
+        UsageError: as `named`; or options for a module, which is called by nobody.
+    """
+    found = named(path)
+    if not options:
+        return found
+    if not callable(found) or isinstance(found, nn.Module):
+        raise UsageError(f"{path} is no function that makes a model, so model_options are of no use to it")
+    return partial(found, **options)
+
+
 def named(path: str | None) -> Any:
     """The object that ``package.module:name`` names; None for None.
 
@@ -144,6 +161,8 @@ def named(path: str | None) -> Any:
 
 def _check_options(name: str, kind: Kind, spec: TaskSpec) -> None:
     special = {option for options in _USES.values() for option in options}
-    useless = [option for option in sorted(special - set(_USES[kind])) if getattr(spec, option) is not None]
+    useless = [
+        option for option in sorted(special - set(_USES[kind])) if getattr(spec, option) not in (None, {})
+    ]
     if useless:
         raise UsageError(f"task '{name}' is of kind {kind}, which has no use for: {', '.join(useless)}")

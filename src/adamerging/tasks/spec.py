@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,7 @@ class TaskSpec(BaseModel):
         "Kind module: package.module:name.",
     )
     model: str | None = Field(None, description="Kind module: what makes the model, package.module:name.")
+    model_options: dict[str, Any] = Field({}, description="Kind module: what `model` is called with.")
     collate: str | None = Field(None, description="Kind module: samples → batch, package.module:name.")
     forward: str | None = Field(
         None, description="Kind module: (module, batch) → output, package.module:name."

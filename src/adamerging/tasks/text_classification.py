@@ -116,7 +116,7 @@ def embedding_text_task(
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "text", fields, label_names)
     texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled))
     settings = _settings("text_embedding", max_length, fields)
-    state = _Embedding()
+    state = FixedHead()
 
     def own_head(expert: Weights) -> tuple[Tensor, list[str] | None]:
         return read_head(head if head is not None else _head_file(expert, name))
@@ -127,7 +127,7 @@ def embedding_text_task(
         width = int(module.config.hidden_size)  # type: ignore[union-attr, arg-type]
         if weight.shape[1] != width:
             raise UsageError(f"task '{name}': the head is {weight.shape[1]} wide, the encoder {width}")
-        state.head, state.pooling = weight, _pooling(expert, base)
+        state.head, state.pooling = weight, pooling_of(expert, base)
         settings["head"] = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
         settings["max_length"] = texts.bind(expert, base, module)
         settle(name, unlabeled, labelled, len(weight), label_names or stated)
@@ -269,13 +269,14 @@ class Tokenised:
 
 
 @dataclass
-class _Embedding:
-    """Head and pooling, known once the expert is."""
+class FixedHead:
+    """Head ``(classes, width)`` and pooling; known once the expert is."""
 
     head: Tensor | None = None
     pooling: Pooling = "mean"
 
     def logits(self, module: nn.Module, inputs: Inputs) -> Tensor:
+        """``(texts, classes)``, in float32."""
         assert self.head is not None, "the skeleton comes first"
         embedding = self.embedding(module, inputs)
         # bf16 would round logits of 30 to steps of an eighth
@@ -287,10 +288,10 @@ class _Embedding:
         hidden = module(**inputs).last_hidden_state
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return _pool(hidden, inputs["attention_mask"], self.pooling)
+            return pool(hidden, inputs["attention_mask"], self.pooling)
 
 
-def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """One vector of length one a text, from its first token or from the mean of all."""
     if pooling == "cls":
         return nn.functional.normalize(hidden[:, 0], dim=-1)
@@ -299,7 +300,7 @@ def _pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return nn.functional.normalize(mean, dim=-1)
 
 
-def _pooling(expert: Weights, base: Weights) -> Pooling:
+def pooling_of(expert: Weights, base: Weights) -> Pooling:
     """How a sentence-transformers folder pools; mean where nothing says otherwise."""
     for weights in (expert, base):
         if weights.folder is None:
@@ -307,11 +308,12 @@ def _pooling(expert: Weights, base: Weights) -> Pooling:
         for root in (weights.folder, weights.folder.parent):
             modules = read_json(root / "modules.json")
             if isinstance(modules, list):
-                return _pooling_of(root, modules)
+                return pooling_in(root, modules)
     return "mean"
 
 
-def _pooling_of(root: Path, modules: list[Mapping[str, Any]]) -> Pooling:
+def pooling_in(root: Path, modules: list[Mapping[str, Any]]) -> Pooling:
+    """How a sentence-transformers folder pools. Raises `UsageError` for ways that are not supported."""
     kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
     odd = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if odd:

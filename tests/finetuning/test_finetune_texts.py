@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from adamerging.errors import NonFiniteError, OutputError, UsageError
-from adamerging.finetune import (
+from adamerging.finetuning import (
     LabelledTexts,
     finetune_text,
     mean_pool,
@@ -84,7 +84,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
-    modules = [{"idx": 0, "name": "0", "path": ""}, {"idx": 1, "name": "1", "path": "1_Pooling"}]
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(kinds.items())
+    ]
     (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     return folder
 
@@ -239,20 +243,24 @@ def test_an_existing_folder_is_kept_unless_told_and_no_scraps_are_left(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": LabelledTexts(["a film"], [2])}, "train: label indices 2..2 do not fit the 2 label names"),
-        ({"val": LabelledTexts(["a film"], [0, 1])}, "val: 1 texts but 2 labels"),
-        ({"train": LabelledTexts([], [])}, "train has no texts"),
+        (
+            {"train_texts": LabelledTexts(["a film"], [2])},
+            "train .*labels from 2 to 2 do not fit the 2 classes",
+        ),
+        ({"val_texts": LabelledTexts(["a film"], [0, 1])}, "'text' has 1, 'label' has 2 values"),
+        ({"train_texts": LabelledTexts([], [])}, "it has no samples"),
         ({"freeze": ["*no_such*"]}, r"'\*no_such\*' matches no parameter"),
-        ({"frozen_head": torch.zeros(3, 32)}, "frozen_head has 3 rows but there are 2 labels"),
-        ({"frozen_head": torch.zeros(2, 31)}, "frozen_head is 31 wide but the encoder 32"),
+        ({"frozen_head": torch.zeros(3, 32)}, "the head has 3 rows but there are 2 labels"),
+        ({"frozen_head": torch.zeros(2, 31)}, "the head is 31 wide but the encoder 32"),
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 0}, "batch_size"),
+        ({"epoch": 1}, "did you mean 'epochs'"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
     base: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    arguments = {"train": TRAIN, "val": VAL, "out": tmp_path / "out"} | TINY | change
+    arguments = {"train_texts": TRAIN, "val_texts": VAL, "out": tmp_path / "out"} | TINY | change
     with pytest.raises(UsageError, match=message):
         finetune_text(base, **arguments)
     assert list(tmp_path.iterdir()) == []
@@ -260,7 +268,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(
 
 def test_a_loss_that_is_not_finite_stops_the_run(base: Path, tmp_path: Path) -> None:
     head = torch.full((2, 32), float("nan"))
-    with pytest.raises(NonFiniteError, match="epoch 1.00"):
+    with pytest.raises(NonFiniteError, match="loss is nan"):
         finetune_text(base, TRAIN, VAL, tmp_path / "out", frozen_head=head, **TINY)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,162 @@
+"""`adamerging suite`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import finetuning, flags, show
+from .failing import guard
+
+if TYPE_CHECKING:
+    from ..finetuning.run import Outcome
+    from ..suites.files import Filled
+
+
+class Stage(str, Enum):
+    """Part of a suite."""
+
+    finetune = "finetune"
+    merge = "merge"
+    compare = "compare"
+    all = "all"
+
+
+@guard()
+def suite(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Such as text8; without it, the suites are listed.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FOLDER", help="Folder of the data sets.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Results (default: runs/NAME).")
+    ] = None,
+    stage: Annotated[
+        Stage,
+        typer.Option("--stage", help="finetune the experts, merge them, compare the methods, or all three."),
+    ] = Stage.all,
+    tasks: finetuning.Tasks = None,
+    multitask: Annotated[
+        bool,
+        typer.Option("--multitask", help="Also train one model on all tasks jointly."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace experts that were made otherwise, and the merge.")
+    ] = False,
+    jobs: finetuning.Jobs = None,
+    threads: flags.Threads = None,
+    dry_run: finetuning.DryRun = False,
+    as_json: finetuning.AsJson = False,
+) -> None:
+    """Run a complete experiment on real data: fine-tune experts, merge them, compare the methods.
+
+    Its recipes are files: they are written to the output folder, and each runs by itself too.
+
+    Example: adamerging suite text8 --data data/
+    """
+    from ..errors import UsageError
+    from ..suites import files
+    from ..suites.data import ensure
+
+    if name is None:
+        _list(files, as_json)
+        return
+    loaded = files.load_suite(name)
+    if data is None:
+        raise UsageError(f"give the folder of the data sets, --data FOLDER; {name} needs {_needs(loaded)}")
+    folder = out or Path("runs") / name
+    filled = files.fill(loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask)
+    ensure(data, filled.folders, show.note)
+    found: dict[str, Any] = {"suite": name, "out": str(folder), "dry_run": dry_run}
+    if not dry_run:
+        found["recipes"] = {key: str(path) for key, path in filled.write(folder).items()}
+    stages = [Stage.finetune, Stage.merge, Stage.compare] if stage is Stage.all else [stage]
+    if Stage.finetune in stages or dry_run:
+        outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
+        found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
+        if not as_json:
+            finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
+        found["below_floor"] = _below(outcomes, loaded.floors)
+    if Stage.merge in stages and not dry_run:
+        found["merge"] = _merge(filled, folder, threads, overwrite, as_json)
+    if Stage.compare in stages and not dry_run:
+        found["compare"] = _compare(found["recipes"]["compare"], folder, as_json)
+    if as_json:
+        show.print_json(found)
+
+
+def _list(files: Any, as_json: bool) -> None:
+    suites = [files.load_suite(name) for name in files.names()]
+    if as_json:
+        show.print_json([{"name": s.title, "about": s.about, "data": s.data.model_dump()} for s in suites])
+        return
+    rows = [(suite.title, suite.about) for suite in suites]
+    show.console().print(show.table("Suites", ["name", "what it is"], rows))
+
+
+def _needs(loaded: Any) -> str:
+    tasks = [loaded.data.seen.replace("${task}", task) for task in loaded.data.tasks]
+    return ", ".join(tasks + loaded.data.unseen)
+
+
+def _finetune(
+    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool
+) -> list[Outcome]:
+    from ..finetuning.settings import FinetuneRecipe
+    from ..validation import make
+
+    changes = flags.given(jobs=jobs, threads=threads, overwrite=overwrite or None)
+    recipe = make(FinetuneRecipe, {**filled.finetune, **changes}, f"suite {filled.suite.title}")
+    return finetuning.run(recipe, dry_run=dry_run)
+
+
+def _below(outcomes: Sequence[Outcome], floors: dict[str, float]) -> list[str]:
+    """Experts that are too weak for their share to mean much; each is warned of."""
+    weak = []
+    for outcome in outcomes:
+        accuracy = outcome.record.get("test_accuracy")
+        floor = floors.get(outcome.name)
+        if accuracy is not None and floor is not None and 100 * accuracy < floor:
+            show.warn(f"expert {outcome.name}: {100 * accuracy:.1f} % on test, it should reach {floor:g} %")
+            weak.append(outcome.name)
+    return weak
+
+
+def _merge(
+    filled: Filled, folder: Path, threads: int | None, overwrite: bool, as_json: bool
+) -> dict[str, Any]:
+    """The merged model; one that is there already is kept."""
+    from ..adaptation.adapt import adapt_recipe
+    from ..recipe import Recipe
+    from ..validation import make
+
+    changes = flags.given(threads=threads, overwrite=overwrite or None)
+    recipe = make(Recipe, {**filled.merge, **changes}, f"suite {filled.suite.title}")
+    out = Path(str(recipe.out))
+    if out.exists() and not overwrite:
+        show.note(f"{out} is there already and kept; --overwrite merges again")
+        return {"out": str(out), "status": "kept"}
+    result = adapt_recipe(recipe)
+    if not as_json:
+        from .planned import scores_table
+
+        console = show.console()
+        console.print(f"\nMerged into {out} in {show.duration(result.record['seconds'])}.\n")
+        console.print(scores_table(result.record))
+    return {"out": str(out), "status": "merged", "scores": result.record.get("scores")}
+
+
+def _compare(path: str, folder: Path, as_json: bool) -> dict[str, Any]:
+    from ..evaluation.compare import compare  # type: ignore[import-not-found, unused-ignore]
+    from ..recipe import load_recipe
+
+    found = compare(load_recipe(path), out=folder / "compare")
+    if not as_json:
+        show.console().print(f"\nCompared {len(found.rows)} models; records in {folder / 'compare'}.")
+    return {"out": str(folder / "compare"), "rows": len(found.rows), "complete": found.complete}

@@ -1,0 +1,270 @@
+"""The one training loop: any kind of model, one task, or several that share a body.
+
+It is our own rather than ``transformers.Trainer``: two learning rates, frozen tensors, batches of like
+length, a head outside the model, models that are none of transformers and several tasks over one body would
+each need a subclass there, and together they are short.
+
+What is frozen is bit-identical in every expert, so its task vector is zero and the merge leaves it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError, UsageError
+from ..evaluation.inference import logits_of
+from ..tasks.task import Inputs, Samples
+from .batches import interleaved, shuffled
+from .learner import Learner
+from .settings import FinetuneSettings
+
+Say = Callable[[str], None]
+OnStep = Callable[[int, int], None]
+State = dict[str, Tensor]
+_BATCHNORM = (nn.modules.batchnorm._BatchNorm,)
+
+
+def fit(
+    learners: Sequence[Learner],
+    settings: FinetuneSettings,
+    *,
+    generator: torch.Generator,
+    bf16: bool = False,
+    say: Say = lambda _: None,
+    on_step: OnStep = lambda step, total: None,
+) -> list[dict[str, Any]]:
+    """Train, and leave each model with the weights of the best epoch.
+
+    Args:
+        learners: one; or several whose bodies are shared, see `share_body`.
+        settings: rates, epochs and so on.
+        generator: decides the order of the samples.
+        bf16: compute in bfloat16.
+        say: called with a line at every evaluation.
+        on_step: called with (steps done, steps in all).
+
+    Returns:
+        The history: epoch, mean training loss since the last evaluation, mean validation accuracy (and that
+        of each task, where there are several).
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite.
+    """
+    if settings.head == "first":
+        _head_first(learners, settings, generator=generator, bf16=bf16, say=say)
+    return _fit(learners, settings, settings.epochs, generator, bf16, say, on_step)
+
+
+def freeze(learner: Learner, patterns: Sequence[str]) -> None:
+    """Freeze the body's parameters that match a pattern.
+
+    Raises:
+        UsageError: patterns that match none; all are named.
+    """
+    body = {name: p for name, p in learner.module.named_parameters() if name not in learner.head}
+    useless = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in body)]
+    if useless:
+        shown = ", ".join(list(body)[:3])
+        raise UsageError(
+            f"task '{learner.name}': freeze pattern {', '.join(map(repr, useless))} matches no parameter of "
+            f"the body; they are called {shown}, ..."
+        )
+    for name, parameter in body.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
+def share_body(learners: Sequence[Learner]) -> None:
+    """Give all models the first one's parameters where they are no head.
+
+    BatchNorm statistics stay each task's own: those of a mixture would fit no task.
+
+    Raises:
+        UsageError: bodies that differ.
+    """
+    first = learners[0]
+    body = {name: p for name, p in first.module.named_parameters() if name not in first.head}
+    for other in learners[1:]:
+        names = {name for name, _ in other.module.named_parameters()} - other.head
+        if names != set(body):
+            raise UsageError(
+                f"tasks '{first.name}' and '{other.name}' cannot share a body: their parameters differ, "
+                f"such as {min(names ^ set(body))}. A joint run needs tasks of one kind"
+            )
+        for name, parameter in body.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(other.module.get_submodule(owner), leaf, parameter)
+
+
+def accuracy_on(learner: Learner, samples: Samples, batch_size: int) -> float:
+    """Share of labelled samples that a model gets right, from 0 to 1."""
+    assert samples.labels is not None
+    learner.module.eval()
+    found = logits_of(learner.module, learner.task, samples, batch_size=batch_size).argmax(-1)
+    return int((found == torch.tensor(list(samples.labels))).sum()) / len(samples)
+
+
+def _head_first(
+    learners: Sequence[Learner],
+    settings: FinetuneSettings,
+    *,
+    generator: torch.Generator,
+    bf16: bool,
+    say: Say,
+) -> None:
+    """Train the heads on the features of a body that stands still (arXiv 2202.10054)."""
+    body = {id(p): p for each in learners for name, p in each.trained().items() if name not in each.head}
+    if not any(each.head for each in learners):
+        raise UsageError(f"task '{learners[0].name}': head: first needs a head that is trained")
+    for parameter in body.values():
+        parameter.requires_grad_(False)
+    _fit(learners, settings, settings.head_epochs, generator, bf16, lambda line: say(f"head alone, {line}"))
+    for parameter in body.values():
+        parameter.requires_grad_(True)
+
+
+def _fit(
+    learners: Sequence[Learner],
+    settings: FinetuneSettings,
+    epochs: float,
+    generator: torch.Generator,
+    bf16: bool,
+    say: Say,
+    on_step: OnStep = lambda step, total: None,
+) -> list[dict[str, Any]]:
+    size = settings.batch_size
+    costs = [each.task.costs(each.train) if each.task.costs else None for each in learners]
+    per_epoch = sum(math.ceil(len(each.train) / size) for each in learners)
+    total = max(1, round(epochs * per_epoch))
+    optimizer = _optimizer(learners, settings)
+    schedule = _schedule(optimizer, total, settings.warmup)
+    history: list[dict[str, Any]] = []
+    best = _states(learners)
+    best_accuracy, stale, step = -1.0, 0, 0
+    while step < total and stale < settings.patience:
+        orders = [
+            shuffled(cost, len(each.train), size, generator)
+            for each, cost in zip(learners, costs, strict=True)
+        ]
+        losses = []
+        for number, indices in interleaved(orders, generator):
+            losses.append(_step(learners[number], indices, optimizer, settings, bf16))
+            schedule.step()
+            step += 1
+            on_step(step, total)
+            if step == total:
+                break
+        row = _evaluate(learners, step / per_epoch, losses, 2 * size)
+        history.append(row)
+        say(f"epoch {row['epoch']:.2f}: loss {row['train_loss']:.4f}, val {row['val_accuracy']:.4f}")
+        if row["val_accuracy"] > best_accuracy:
+            best_accuracy, stale, best = row["val_accuracy"], 0, _states(learners)
+        else:
+            stale += 1
+    for learner, state in zip(learners, best, strict=True):
+        learner.module.load_state_dict(state, strict=False)
+    return history
+
+
+def _step(
+    learner: Learner,
+    indices: Tensor,
+    optimizer: torch.optim.Optimizer,
+    settings: FinetuneSettings,
+    bf16: bool,
+) -> float:
+    module, train = learner.module, learner.train
+    device = next(module.parameters()).device
+    batch = _on(learner.task.collate([train.inputs[i] for i in indices.tolist()]), device, settings)
+    assert train.labels is not None
+    labels = torch.tensor([train.labels[i] for i in indices.tolist()], device=device)
+    _train_mode(module)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = learner.task.forward(module, batch)
+    loss = nn.functional.cross_entropy(logits.float(), labels)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"task '{learner.name}': the training loss is {value}; nothing was written. Lower body_lr and "
+            "head_lr, or look for values of the base or the head that are not finite"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(learner.trained().values(), settings.max_grad_norm)
+    optimizer.step()
+    return value
+
+
+def _on(batch: Inputs, device: torch.device, settings: FinetuneSettings) -> Inputs:
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not settings.channels_last:
+        return moved
+    return {
+        name: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in moved.items()
+    }
+
+
+def _train_mode(module: nn.Module) -> None:
+    """Training mode; but BatchNorm layers that are frozen keep their statistics too."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, _BATCHNORM) and not any(p.requires_grad for p in part.parameters(recurse=False)):
+            part.eval()
+
+
+def _evaluate(learners: Sequence[Learner], epoch: float, losses: list[float], size: int) -> dict[str, Any]:
+    by_task = {each.name: accuracy_on(each, each.val, size) for each in learners}
+    row: dict[str, Any] = {
+        "epoch": epoch,
+        "train_loss": sum(losses) / len(losses),
+        "val_accuracy": sum(by_task.values()) / len(by_task),
+    }
+    return row if len(learners) == 1 else {**row, "val_by_task": by_task}
+
+
+def _states(learners: Sequence[Learner]) -> list[State]:
+    """Copies of all that training changes: parameters that learn, and statistics."""
+    found = []
+    for learner in learners:
+        frozen = {name for name, p in learner.module.named_parameters() if not p.requires_grad}
+        state = learner.module.state_dict()
+        found.append({n: t.detach().clone() for n, t in state.items() if n not in frozen})
+    return found
+
+
+def _optimizer(learners: Sequence[Learner], settings: FinetuneSettings) -> torch.optim.Optimizer:
+    groups: dict[tuple[bool, bool], dict[int, nn.Parameter]] = {}
+    for learner in learners:
+        for name, parameter in learner.trained().items():
+            group = (name in learner.head, parameter.ndim > 1)
+            groups.setdefault(group, {})[id(parameter)] = parameter
+    if not groups:
+        raise UsageError(f"task '{learners[0].name}': everything is frozen, there is nothing to train")
+    return torch.optim.AdamW(
+        [
+            {
+                "params": list(parameters.values()),
+                "lr": settings.head_lr if is_head else settings.body_lr,
+                "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            }
+            for (is_head, is_matrix), parameters in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, total: int, warmup: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Rates that rise linearly, then fall linearly to zero."""
+    rising = max(1, round(warmup * total))
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
+    )

@@ -1,0 +1,351 @@
+"""A fine-tuning recipe from start to end: read and check all data, then one expert after the other."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..errors import AdamergingError, OutputError, UsageError
+from ..naming import architecture
+from ..tasks.data import DataKind, Fields, read_samples
+from ..tasks.resolve import factory, named
+from ..tasks.spec import Kind
+from ..tasks.task import Samples
+from ..weights import Weights, open_weights, sha256_file
+from .heads import prompts_of, zero_shot_head
+from .learner import Learner, checked, classes_of
+from .modules import module_learner
+from .record import RECORD, content_key, differences, read_record
+from .settings import MULTITASK, FinetuneRecipe, FinetuneSettings, FinetuneTask
+from .train import Expert, default_threads, identify, train
+from .transformers_models import embedding_learner, image_learner, text_learner
+
+Status = Literal["to train", "trained", "kept"]
+Say = Callable[[str, str], None]
+"""Called with (task, line)."""
+OnStep = Callable[[str, int, int], None]
+"""Called with (task, steps done, steps in all)."""
+
+_DATA: Mapping[Kind, DataKind] = {
+    "text": "text",
+    "text_embedding": "text",
+    "image": "image",
+    "module": "array",
+}
+_USES: Mapping[Kind, tuple[str, ...]] = {
+    "text": ("pair_field",),
+    "text_embedding": ("templates",),
+    "image": (),
+    "module": ("model", "model_options", "collate", "forward"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one expert.
+
+    Attributes:
+        name: the task; of the joint run ``multitask/<task>``.
+        out: its folder.
+        status: trained now, or kept from an earlier run of the same settings and data.
+        record: what ``finetune.json`` holds; of one that is yet to be trained, its settings.
+    """
+
+    name: str
+    out: Path
+    status: Status
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its learners and folders, checked but not begun."""
+
+    name: str
+    settings: FinetuneSettings
+    parts: Sequence[Part]
+    experts: Sequence[Expert]
+    done: bool
+
+    def learners(self) -> list[Learner]:
+        """Fresh learners; draws their heads."""
+        return [part.learner(self.settings) for part in self.parts]
+
+    def outcomes(self, status: Status) -> list[Outcome]:
+        """Of each folder, with its record as it is on disk."""
+        pairs = zip(self.parts, self.experts, strict=True)
+        prefix = f"{MULTITASK}/" if self.name == MULTITASK else ""
+        return [
+            Outcome(prefix + p.name, e.out, status, read_record(e.out) or {"settings": e.settings})
+            for p, e in pairs
+        ]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of a recipe, its data read and checked."""
+
+    name: str
+    spec: FinetuneTask
+    kind: Kind
+    base: Weights
+    base_digest: str
+    train: Samples
+    val: Samples
+    test: Samples | None
+    label_names: Sequence[str]
+
+    def learner(self, settings: FinetuneSettings) -> Learner:
+        """The model that is to be trained."""
+        data = (self.name, self.base, self.train, self.val, self.label_names, settings)
+        if self.kind == "text":
+            return text_learner(*data)
+        if self.kind == "text_embedding":
+            return embedding_learner(*data, self.head)
+        if self.kind == "image":
+            return image_learner(*data)
+        spec = self.spec
+        return module_learner(
+            *data, model=factory(str(spec.model), spec.model_options), collate=named(spec.collate),
+            forward=named(spec.forward), about={"model": spec.model, "model_options": spec.model_options},
+        )  # fmt: skip
+
+    @cached_property
+    def head(self) -> torch.Tensor:
+        """The zero-shot head of a text_embedding task."""
+        prompts = prompts_of(self.label_names, self.spec.templates or ["{}"])
+        return zero_shot_head(self.base.folder or self.base.label, prompts, scale=self.spec.scale)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the expert beside the settings of the training."""
+        spec = self.spec.model_dump(include={"templates", "scale", "model", "model_options"})
+        uses = {key: spec[key] for key in ("scale", *_USES[self.kind]) if key in spec}
+        return {
+            **(uses if self.kind in ("text_embedding", "module") else {}),
+            "kind": self.kind,
+            "base": self.base_digest,
+            "train": self.train.fingerprint,
+            "val": self.val.fingerprint,
+            "labels": list(self.label_names),
+        }
+
+
+def finetune(
+    recipe: FinetuneRecipe,
+    *,
+    dry_run: bool = False,
+    say: Say = lambda task, line: None,
+    on_step: OnStep = lambda task, step, total: None,
+) -> list[Outcome]:
+    """Make the experts of a recipe, each in a folder of its own.
+
+    All data is read and checked before anything is trained. An expert that an earlier run has made from the
+    same settings, data and base is kept; a run that was interrupted goes on with the task where it stopped.
+
+    Args:
+        recipe: see `load_finetune_recipe`.
+        dry_run: check all, train nothing.
+        say: called with the task and a line at every evaluation.
+        on_step: called with the task, the steps done, and the steps in all.
+
+    Returns:
+        One outcome for each task, in the recipe's order; those of the joint run last.
+
+    Raises:
+        UsageError: data, labels or settings that do not fit; of all tasks in one message.
+        WeightsError: the base cannot be opened.
+        OutputError: an expert's folder exists and was made otherwise, or cannot be written.
+        NonFiniteError: a training loss became NaN or infinite.
+    """
+    jobs = prepare(recipe)
+    waiting = [] if dry_run else [job for job in jobs if not job.done]
+    if recipe.jobs > 1 and len(waiting) > 1:
+        _in_processes(recipe, [job.name for job in waiting], say)
+    else:
+        with _threads(recipe.threads):
+            for job in waiting:
+                _run(job, recipe, say, on_step)
+    trained: Status = "to train" if dry_run else "trained"
+    return [outcome for job in jobs for outcome in job.outcomes("kept" if job.done else trained)]
+
+
+def prepare(recipe: FinetuneRecipe) -> list[Job]:
+    """Read and check everything. Raises as `finetune`."""
+    if recipe.out is None:
+        raise UsageError("no output folder: give --out FOLDER, or out: in the recipe")
+    base = open_weights(recipe.base)
+    digest = _digest(base)
+    parts, problems = [], []
+    for name, spec in recipe.tasks.items():
+        try:
+            parts.append(_part(name, spec, base, digest))
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        many = problems[0] if len(problems) == 1 else "\n".join(f"  - {text}" for text in problems)
+        raise UsageError(many if len(problems) == 1 else f"{len(problems)} tasks cannot be trained:\n{many}")
+    out = Path(recipe.out).expanduser()
+    jobs = [_job(part.name, [part], recipe.settings_of(part.name), out, recipe) for part in parts]
+    if recipe.multitask:
+        settings = recipe.multitask_settings()
+        if settings.lora is not None:
+            raise UsageError("multitask trains whole weights; give it lora: null among its own settings")
+        jobs.append(_job(MULTITASK, parts, settings, out / MULTITASK, recipe))
+    return jobs
+
+
+def _job(
+    name: str, parts: Sequence[Part], settings: FinetuneSettings, out: Path, recipe: FinetuneRecipe
+) -> Job:
+    about = [part.identity() for part in parts]
+    if len(parts) > 1:
+        together = [each["train"] for each in about]
+        about = [{**each, "together": together} for each in about]
+    experts = [
+        Expert(out / part.name, *identify(settings, each), part.test)
+        for part, each in zip(parts, about, strict=True)
+    ]
+    done = [_is_done(expert, overwrite=recipe.overwrite) for expert in experts]
+    return Job(name, settings, parts, experts, all(done))
+
+
+def _is_done(expert: Expert, *, overwrite: bool) -> bool:
+    """Whether the folder holds this very expert.
+
+    Raises:
+        OutputError: it holds another one, or something else, and may not be replaced.
+    """
+    if not expert.out.exists():
+        return False
+    record = read_record(expert.out)
+    if record is not None and record.get("key") == expert.key:
+        return True
+    if overwrite:
+        return False
+    if record is None:
+        raise OutputError(
+            f"{expert.out} exists and holds no {RECORD}, so it is no expert of an earlier run; choose "
+            "another --out or remove it"
+        )
+    plain = json.loads(json.dumps(dict(expert.settings), default=str))
+    found = differences(record.get("settings") or {}, plain)
+    raise OutputError(
+        f"{expert.out} was made otherwise: {'; '.join(found) or 'by another version'}. Choose another "
+        "--out, or pass --overwrite to train it again"
+    )
+
+
+def _run(job: Job, recipe: FinetuneRecipe, say: Say, on_step: OnStep) -> None:
+    existing = any(expert.out.exists() for expert in job.experts)
+    train(
+        job.learners, job.experts, job.settings, device=recipe.device,
+        overwrite=existing, say=lambda line: say(job.name, line),
+        on_step=lambda step, total: on_step(job.name, step, total),
+    )  # fmt: skip
+
+
+def _in_processes(recipe: FinetuneRecipe, names: Iterable[str], say: Say) -> None:
+    """Train several experts at a time, each in a process of its own; the first error ends the run."""
+    threads = recipe.threads or default_threads(recipe.jobs)
+    plain = recipe.model_dump(exclude_unset=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(recipe.jobs, mp_context=context) as pool:
+        running = {pool.submit(_in_process, plain, name, threads): name for name in names}
+        try:
+            for future in as_completed(running):
+                say(running[future], future.result())
+        except AdamergingError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _in_process(plain: dict[str, Any], name: str, threads: int) -> str:
+    recipe = FinetuneRecipe.model_validate({**plain, "jobs": 1, "threads": threads})
+    if name != MULTITASK:
+        recipe = recipe.model_copy(update={"tasks": {name: recipe.tasks[name]}, "multitask": False})
+    lines: list[str] = []
+    with _threads(threads):
+        for job in prepare(recipe):
+            if job.name == name and not job.done:
+                _run(job, recipe, lambda task, line: lines.append(line), lambda task, step, total: None)
+    return lines[-1] if lines else "kept"
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Train with so many threads, and set the number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _part(name: str, spec: FinetuneTask, base: Weights, digest: str) -> Part:
+    kind = spec.kind or _guess_kind(name, spec, base)
+    useless = [key for each in _USES.values() for key in each if key not in _USES[kind]]
+    given = [key for key in useless if getattr(spec, key) not in (None, {}, [])]
+    if given:
+        raise UsageError(f"task '{name}' is of kind {kind}, which has no use for: {', '.join(given)}")
+    if kind == "module" and spec.model is None:
+        raise UsageError(f"task '{name}' is of kind module: name what makes its model, package.module:name")
+    fields = Fields(spec.input_field, spec.label_field, spec.pair_field)
+
+    def read(which: str, source: str) -> Samples:
+        try:
+            return read_samples(source, _DATA[kind], fields)
+        except UsageError as error:
+            raise UsageError(f"task '{name}', {which}: {error}") from None
+
+    found = {"train": read("train", spec.train), "val": read("val", spec.val)}
+    if spec.test is not None:
+        found["test"] = read("test", spec.test)
+    names = _label_names(name, spec.label_names) or classes_of(found["train"])
+    if len(names) == 1:
+        raise UsageError(f"task '{name}' has one class alone, {names[0]!r}: there is nothing to tell apart")
+    good = {which: checked(name, which, samples, names) for which, samples in found.items()}
+    return Part(name, spec, kind, base, digest, good["train"], good["val"], good.get("test"), names)
+
+
+def _guess_kind(name: str, spec: FinetuneTask, base: Weights) -> Kind:
+    if spec.model is not None:
+        return "module"
+    config = base.config or {}
+    if "vocab_size" in config and "vision_config" not in config:
+        return "text_embedding" if spec.templates else "text"
+    if "image_size" in config or "num_channels" in config:
+        return "image"
+    raise UsageError(
+        f"task '{name}': the base {base.label} ({architecture(base.config) or 'no configuration'}) does not "
+        "tell what kind of task this is; give kind: text, text_embedding, image or module"
+    )
+
+
+def _label_names(name: str, given: list[str] | str | None) -> list[str] | None:
+    if not isinstance(given, str):
+        return given
+    try:
+        found = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"task '{name}', label_names: {given} cannot be read as JSON: {error}") from None
+    found = found.get("label_names") if isinstance(found, dict) else found
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+        raise UsageError(
+            f"task '{name}', label_names: {given} must hold a list of names, or an object with label_names"
+        )
+    return found
+
+
+def _digest(base: Weights) -> str:
+    """sha256 over the base's files."""
+    return content_key({path.name: sha256_file(path) for path in base.files})

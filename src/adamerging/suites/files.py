@@ -1,0 +1,180 @@
+"""A suite's file → recipes: placeholders filled, what holds for each task written out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import MissingExtraError, UsageError
+from ..recipe import read_yaml
+from ..validation import make
+
+FOLDER = Path(__file__).parent
+_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
+
+
+class SuiteData(BaseModel):
+    """Which data sets a suite needs, as folders under ``--data``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seen: str = Field(description="Folder of a task's data, with ${task}.")
+    tasks: list[str] = Field(description="The tasks that have experts.")
+    unseen: list[str] = Field([], description="Folders of the tasks that have none.")
+
+
+class Suite(BaseModel):
+    """One file of this folder."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    title: str
+    about: str
+    extra: str | None = Field(None, description="Extra of this package with what the suite needs.")
+    data: SuiteData
+    floors: dict[str, float] = Field({}, description="Test accuracy in percent that an expert must reach.")
+    finetune: dict[str, Any] = Field(description="A fine-tuning recipe; `each` holds for every task.")
+    recipe: dict[str, Any] = Field(description="A merge recipe; `each` holds for every task.")
+    merge: dict[str, Any] = Field(description="What the stage merge adds to the recipe.")
+    compare: dict[str, Any] = Field(description="What the stage compare adds, as `compare:`.")
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A suite with its paths.
+
+    Attributes:
+        suite: the file.
+        finetune: fields of the fine-tuning recipe.
+        merge: fields of the merge recipe.
+        compare: the same with `compare:` in the place of how to merge.
+        folders: data folders under ``--data``, those of unseen tasks last.
+    """
+
+    suite: Suite
+    finetune: dict[str, Any]
+    merge: dict[str, Any]
+    compare: dict[str, Any]
+    folders: tuple[str, ...]
+
+    def write(self, out: Path) -> dict[str, Path]:
+        """Write the recipes as files that `adamerging finetune`, `merge` and `compare` take."""
+        out.mkdir(parents=True, exist_ok=True)
+        paths = {}
+        for stage in ("finetune", "merge", "compare"):
+            paths[stage] = out / f"{stage}.yaml"
+            text = yaml.safe_dump(getattr(self, stage), sort_keys=False, allow_unicode=True, width=110)
+            partial = out / f".{stage}.yaml.partial"
+            partial.write_text(f"# {self.suite.title}, {stage}\n{text}", encoding="utf-8")
+            partial.replace(paths[stage])
+        return paths
+
+
+def names() -> list[str]:
+    """The suites there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """One suite's file.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name not in names():
+        raise UsageError(f"there is no suite '{name}'; suites: {', '.join(names())}")
+    path = FOLDER / f"{name}.yaml"
+    return make(Suite, read_yaml(path), str(path))
+
+
+def fill(
+    suite: Suite, *, data: Path, out: Path, tasks: list[str] | None = None, multitask: bool = False
+) -> Filled:
+    """Fill a suite's placeholders.
+
+    Args:
+        suite: see `load_suite`.
+        data: folder of the data sets, ``${data}``.
+        out: folder of the results, ``${out}``.
+        tasks: keep these tasks alone.
+        multitask: also train one body on all tasks jointly.
+
+    Raises:
+        UsageError: no such task, or a placeholder that stands for nothing.
+        MissingExtraError: a package that a placeholder names is not installed.
+    """
+    unknown = [task for task in tasks or [] if task not in suite.data.tasks]
+    if unknown:
+        raise UsageError(
+            f"no task {', '.join(unknown)} in the suite {suite.title}; it has {', '.join(suite.data.tasks)}"
+        )
+    kept = [task for task in suite.data.tasks if not tasks or task in tasks]
+    known = {"data": str(data.resolve()), "out": str(out.resolve())}
+
+    def filled(value: Any, task: str | None = None) -> Any:
+        return _filled(value, known if task is None else {**known, "task": task}, suite)
+
+    def by_task(section: Mapping[str, Any]) -> dict[str, Any]:
+        own = section.get("tasks", {})
+        return {task: filled({**section.get("each", {}), **own.get(task, {})}, task) for task in kept}
+
+    def rest(section: Mapping[str, Any]) -> dict[str, Any]:
+        skipped = ("each", "tasks", "experts")
+        return {key: filled(value) for key, value in section.items() if key not in skipped}
+
+    finetune = {**rest(suite.finetune), "tasks": by_task(suite.finetune), "multitask": multitask}
+    experts = {task: filled(suite.recipe["experts"], task) for task in kept}
+    common = {**rest(suite.recipe), "experts": experts, "tasks": by_task(suite.recipe)}
+    return Filled(
+        suite,
+        finetune,
+        {**common, **filled(suite.merge)},
+        {**common, "compare": filled(_without(suite.compare, kept))},
+        tuple([filled(suite.data.seen, task) for task in kept] + suite.data.unseen),
+    )
+
+
+def _without(compare: Mapping[str, Any], kept: list[str]) -> dict[str, Any]:
+    """The comparison of some of the tasks: those that were left aside are neither shifted nor left out."""
+    result = dict(compare)
+    shift, unseen = compare.get("shift"), compare.get("unseen")
+    if shift and shift.get("tasks"):
+        left = [task for task in shift["tasks"] if task in kept]
+        result["shift"] = {**shift, "tasks": left} if left else None
+    if unseen and isinstance(unseen.get("leave_out"), list):
+        splits = [split for split in unseen["leave_out"] if set(split) <= set(kept)]
+        result["unseen"] = {**unseen, "leave_out": splits or None}
+    return result
+
+
+def _filled(value: Any, known: Mapping[str, str], suite: Suite) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item, known, suite) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, known, suite) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replaced(match: re.Match[str]) -> str:
+        word = match[1]
+        if word.startswith("package:"):
+            return _package(word.removeprefix("package:"), suite)
+        if word not in known:
+            raise UsageError(f"{suite.title}: ${{{word}}} stands for nothing; known: {', '.join(known)}")
+        return known[word]
+
+    return _PLACEHOLDER.sub(replaced, value)
+
+
+def _package(name: str, suite: Suite) -> str:
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtraError(name, suite.extra or "demo", f"the suite {suite.title}")
+    return found.submodule_search_locations[0]

