@@ -5,12 +5,15 @@ here. The contract suite picks it up by itself.
 """
 
 from . import (
+    ace,
     average,
     breadcrumbs,
+    cart,
     consensus,
     dare,
     della,
     iso_c,
+    iso_cts,
     karcher,
     lines,
     model_stock,
@@ -20,6 +23,7 @@ from . import (
     ties,
     tsv_m,
     weighted,
+    wudi,
 )
 from .registry import Registration, make_method, methods, register
 from .stage import Chunk, Method, Stage, Stream, chain
@@ -30,13 +34,16 @@ __all__ = [
     "Registration",
     "Stage",
     "Stream",
+    "ace",
     "average",
     "breadcrumbs",
+    "cart",
     "chain",
     "consensus",
     "dare",
     "della",
     "iso_c",
+    "iso_cts",
     "karcher",
     "lines",
     "make_method",
@@ -49,4 +56,5 @@ __all__ = [
     "ties",
     "tsv_m",
     "weighted",
+    "wudi",
 ]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .registry import register
-from .spectral import spectral
-from .stage import Method
+from .spectral import merging_matrices
+from .stage import Chunk, Method
 
 
 @register("iso_c", paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959")
@@ -21,10 +21,10 @@ def iso_c(as_vectors: list[str] | None = None) -> Method:
         as_vectors: patterns of matrices to average like vectors; by default ``*text_projection*``, as the
             authors do.
     """
-    return spectral("iso_c", "flatten the spectrum", as_vectors, _flatten)
+    return merging_matrices("iso_c", "flatten the spectrum", as_vectors, _flatten)
 
 
-def _flatten(matrices: Tensor) -> Tensor:
+def _flatten(_: Chunk, matrices: Tensor) -> Tensor:
     left, values, right = torch.linalg.svd(matrices.sum(0), full_matrices=False)
     flat: Tensor = values.mean() * (left @ right)
     return flat

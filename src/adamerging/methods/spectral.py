@@ -15,21 +15,67 @@ TEXT_PROJECTION = ("*text_projection*",)
 """What the authors of TSV-M and Iso-C average like vectors though it is a matrix."""
 
 
-def spectral(
-    name: str, step: str, as_vectors: Sequence[str] | None, combine: Callable[[Tensor], Tensor]
+Combine = Callable[[Chunk, Tensor], Tensor]
+Shares = Callable[[Tensor], Tensor]
+
+
+def mean_shares(stack: Tensor) -> Tensor:
+    """Each row's share of the mean, ``(K, ...) → (K, ...)``."""
+    return stack / len(stack)
+
+
+def merging_matrices(
+    name: str, step: str, as_vectors: Sequence[str] | None, combine: Combine, others: Shares = mean_shares
 ) -> Method:
-    """A method that combines matrices ``(K, m, n) → (m, n)`` and averages everything else."""
+    """A method that turns the matrices of all experts into one, and averages everything else.
+
+    Args:
+        name: of the method.
+        step: name of its stage.
+        as_vectors: see `as_matrices`; `TEXT_PROJECTION` when None.
+        combine: ``(chunk, matrices (K, m, n)) → (m, n)``; some matrix is not zero.
+        others: ``(K, n) → (K, n)`` for all that is no matrix, which is then summed.
+    """
+
+    def rest(stack: Tensor) -> Tensor:
+        return others(stack).sum(0, keepdim=True)
+
+    stage = _on_matrices(step, as_vectors, combine, rest, keeps_tasks=False)
+    return Method(name, reduce=stage, weighted=False)
+
+
+def changing_matrices(
+    name: str, step: str, as_vectors: Sequence[str] | None, change: Combine, others: Shares = mean_shares
+) -> Method:
+    """A method that changes the matrix of each expert, so that their sum is the merge.
+
+    The rows of the result still belong to the experts, and coefficients can be learned for them.
+
+    Args:
+        name: of the method.
+        step: name of its stage.
+        as_vectors: see `as_matrices`; `TEXT_PROJECTION` when None.
+        change: ``(chunk, matrices (K, m, n)) → (K, m, n)``; some matrix is not zero.
+        others: ``(K, n) → (K, n)`` for all that is no matrix.
+    """
+    return Method(name, (_on_matrices(step, as_vectors, change, others, keeps_tasks=True),))
+
+
+def _on_matrices(
+    step: str, as_vectors: Sequence[str] | None, function: Combine, others: Shares, *, keeps_tasks: bool
+) -> Stage:
     patterns = TEXT_PROJECTION if as_vectors is None else tuple(as_vectors)
 
     def apply(chunk: Chunk, _: None) -> Tensor:
         matrices = as_matrices(chunk, patterns)
         if matrices is None:
-            return chunk.stack.mean(0, keepdim=True)
+            return others(chunk.stack)
+        rows = len(matrices) if keeps_tasks else 1
         if not chunk.stack.any():
-            return torch.zeros_like(chunk.stack[:1])
-        return combine(matrices).to(chunk.stack.dtype).reshape(1, -1)
+            return torch.zeros_like(chunk.stack[:rows])
+        return function(chunk, matrices).to(chunk.stack.dtype).reshape(rows, -1)
 
-    return Method(name, reduce=Stage(step, apply, scope="tensor", keeps_tasks=False), weighted=False)
+    return Stage(step, apply, scope="tensor", keeps_tasks=keeps_tasks)
 
 
 def as_matrices(chunk: Chunk, vectors: Sequence[str]) -> Tensor | None:
@@ -62,6 +108,9 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         left, values, right = leading(matrix.T, rank)
         return right.T, values, left.T
     wide = matrix.double()
+    if not matrix.any():  # an expert that left this tensor alone
+        rows, columns = matrix.shape
+        return wide.new_zeros(rows, rank), wide.new_zeros(rank), wide.new_zeros(rank, columns)
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     left = vectors[:, -rank:].flip(1)
     values = squares[-rank:].flip(0).clamp_min(0).sqrt()

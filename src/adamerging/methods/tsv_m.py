@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .registry import register
-from .spectral import leading, orthogonalise, spectral
-from .stage import Method
+from .spectral import changing_matrices, leading, orthogonalise
+from .stage import Chunk, Method
 
 
 @register("tsv_m", paper="Gargiulo et al., Task Singular Vectors, 2025, arXiv 2412.00081")
@@ -22,12 +22,15 @@ def tsv_m(as_vectors: list[str] | None = None) -> Method:
         as_vectors: patterns of matrices to average like vectors; by default ``*text_projection*``, as the
             authors do.
     """
-    return spectral("tsv_m", "decorrelate singular vectors", as_vectors, _decorrelate)
+    return changing_matrices("tsv_m", "decorrelate singular vectors", as_vectors, _decorrelate)
 
 
-def _decorrelate(matrices: Tensor) -> Tensor:
+def _decorrelate(_: Chunk, matrices: Tensor) -> Tensor:
     rank = max(1, min(matrices.shape[1:]) // len(matrices))
-    parts = [leading(matrix, rank) for matrix in matrices]
-    left = orthogonalise(torch.cat([part[0] for part in parts], 1))
-    right = orthogonalise(torch.cat([part[2] for part in parts], 0).T)
-    return (left * torch.cat([part[1] for part in parts])) @ right.T
+    lefts, values, rights = zip(*(leading(matrix, rank) for matrix in matrices), strict=True)
+    left = orthogonalise(torch.cat(lefts, 1)).split(rank, 1)
+    right = orthogonalise(torch.cat(rights, 0).T).split(rank, 1)
+    changed = torch.empty_like(matrices)
+    for share, u, s, v in zip(changed, left, values, right, strict=True):
+        share.copy_((u * s) @ v.T)
+    return changed
