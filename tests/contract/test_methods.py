@@ -62,6 +62,26 @@ class Variant:
 
 # exact_chunks=False: sums of floats over a whole tensor or model decide, and chunks add them up otherwise.
 VARIANTS: dict[str, list[Variant]] = {
+    "ace": [Variant(exact_chunks=False), Variant({"centred": True, "epsilon": 0.01})],
+    "cart": [
+        Variant(copies=whole),
+        Variant({"rank": 1.0}, copies=whole),
+        Variant({"rank": 0.5, "strength": 1.0}),
+    ],
+    "iso_cts": [Variant(), Variant({"common": 0.4})],
+    "pcb": [
+        Variant(),
+        Variant({"density": 1.0, "outliers": 0.0}),
+        Variant({"density": 0.4, "outliers": 0.1}),
+    ],
+    "wudi": [
+        Variant(),
+        Variant({"matrices": "all", "ridge": 1.0}),
+        Variant({"solver": "adam", "steps": 5}),
+        Variant({"solver": "adam", "steps": 5, "matrices": "all", "others": "base"}),
+    ],
+    "tsv_m": [Variant()],
+    "iso_c": [Variant()],
     "average": [Variant(copies=whole)],
     "weighted": [Variant(copies=whole), Variant({"normalise": False}, copies=summed)],
     "task_arithmetic": [Variant(), Variant(scale=1.0, copies=summed)],

@@ -108,7 +108,7 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         left, values, right = leading(matrix.T, rank)
         return right.T, values, left.T
     wide = matrix.double()
-    if not matrix.any():  # an expert that left this tensor alone
+    if rank == 0 or not matrix.any():  # an expert that left this tensor alone
         rows, columns = matrix.shape
         return wide.new_zeros(rows, rank), wide.new_zeros(rank), wide.new_zeros(rank, columns)
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
