@@ -147,7 +147,44 @@ def test_plus_plus_learns_on_the_trimmed_and_elected_vectors():
 def test_vectors_that_are_one_vector_are_refused():
     base, experts = make_experts()
     with Workers(1) as workers, pytest.raises(UsageError, match="use it as 'start'"):
-        opened(base, experts, workers, vectors="tsv_m")
+        opened(base, experts, workers, vectors="iso_c")
+
+
+METHODS = [
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+    "cart",
+    "pcb",
+    "ace",
+    "wudi",
+    [{"wudi": {"solver": "adam", "steps": 3}}],
+]
+
+
+@pytest.mark.parametrize("start", METHODS, ids=str)
+def test_every_data_free_merge_can_be_started_from(start):
+    base, experts = make_experts()
+    with Workers(1) as workers:
+        session = opened(base, experts, workers, start=start, initial=0.0, clamp="none")
+        values = session.where.full(session.stack.initial, torch.float64)
+        session.store.materialise(session.body.tensors, values, session.where)
+    wanted = merge(base, experts, method=start).body
+    for name, tensor in session.body.tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "cart", "pcb", "wudi"])
+def test_coefficients_of_one_on_what_a_method_makes_of_each_expert_are_its_merge(method):
+    base, experts = make_experts()
+    with Workers(1) as workers:
+        session = opened(base, experts, workers, vectors=method, initial=1.0, clamp="none")
+        assert session.stack.labels == tuple(experts)
+        values = session.where.full(session.stack.initial, torch.float64)
+        session.store.materialise(session.body.tensors, values, session.where)
+    wanted = merge(base, experts, method=method).body
+    for name, tensor in session.body.tensors.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("settings", [{}, {"start": "task_arithmetic"}, {"vectors": "ties"}])

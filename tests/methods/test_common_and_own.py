@@ -55,7 +55,7 @@ SHAPES = [(12, 20), (20, 12), (15, 15), (12, 2, 3, 3)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("common", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("common", [0.3, 0.5, 0.8])
 def test_iso_cts_follows_the_paper(shape, count, common):
     base, weights = experts(count, shape)
     wanted = base + reference_iso_cts(matrices(base, weights), common).reshape(shape)
@@ -67,6 +67,13 @@ def test_iso_cts_of_all_common_directions_is_iso_c():
     base, weights = experts(3, (9, 14))
     found = merged_matrix("iso_cts", {"common": 1.0}, base, weights)
     torch.testing.assert_close(found, merged_matrix("iso_c", {}, base, weights), rtol=0, atol=1e-8)
+
+
+def test_without_common_directions_no_more_are_asked_for_than_there_are():
+    base, weights = experts(2, (15, 15))  # a half of 15 rounds to 8, and twice that is too many
+    found = merged_matrix("iso_cts", {"common": 0.0}, base, weights) - base
+    values = torch.linalg.svdvals(found)
+    torch.testing.assert_close(values, values[0].expand(15), rtol=1e-6, atol=0)
 
 
 def test_the_spectrum_of_iso_cts_is_flat():
