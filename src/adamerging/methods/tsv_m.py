@@ -28,8 +28,8 @@ def tsv_m(as_vectors: list[str] | None = None) -> Method:
 def _decorrelate(_: Chunk, matrices: Tensor) -> Tensor:
     rank = max(1, min(matrices.shape[1:]) // len(matrices))
     lefts, values, rights = zip(*(leading(matrix, rank) for matrix in matrices), strict=True)
-    left = orthogonalise(torch.cat(lefts, 1)).split(rank, 1)
-    right = orthogonalise(torch.cat(rights, 0).T).split(rank, 1)
+    left = torch.split(orthogonalise(torch.cat(lefts, 1)), rank, 1)
+    right = torch.split(orthogonalise(torch.cat(rights, 0).T), rank, 1)
     changed = torch.empty_like(matrices)
     for share, u, s, v in zip(changed, left, values, right, strict=True):
         share.copy_((u * s) @ v.T)
