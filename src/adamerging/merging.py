@@ -57,6 +57,10 @@ def check_method(method: Method, vectors: TaskVectors, scale: Schedule | None) -
             f"method '{method.name}' takes no weights by expert; 'weighted' is the weighted average"
         )
     if scale is not None:
+        if method.masks is not None:
+            raise UsageError(
+                f"method '{method.name}' takes no scale: each task's weights are rebuilt from its mask"
+            )
         check(scale, "scale")
         if isinstance(scale, Mapping):
             raise UsageError("scale multiplies the merged vector and cannot differ by expert; weights can")

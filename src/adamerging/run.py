@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import __version__
 from .errors import PlanError, UsageError
+from .masks import masked_nbytes, refuse_masks, write_masks
 from .merging import check_method, merged_pieces, output_dtype
 from .methods import Method, chain, make_method
 from .output.card import hub_id, model_card
@@ -65,7 +66,8 @@ class Prepared:
         """Bytes of the output's tensors, heads included."""
         body = sum(spec.nbytes for specs in self.files.values() for spec in specs.values())
         heads = sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
-        return body + heads + self._extra_nbytes()
+        masks = masked_nbytes(self) if self.method.masks is not None else 0
+        return body + heads + masks + self._extra_nbytes()
 
     def _extra_nbytes(self) -> int:
         """Bytes of the rows that are kept for one task alone."""
@@ -78,7 +80,8 @@ class Prepared:
     @property
     def reads(self) -> int:
         """Values of each task vector that the merge reads, all passes together."""
-        return self.method.reads * sum(self.vectors.numel(entry) for entry in self.vectors.entries())
+        passes = self.method.reads + (self.method.masks is not None)
+        return passes * sum(self.vectors.numel(entry) for entry in self.vectors.entries())
 
 
 @dataclass(frozen=True)
@@ -207,9 +210,13 @@ def execute(
         folder.require(prepared.nbytes)
         prints = {path: Fingerprint(path) for weights in inputs for path in weights.files}
         outputs = _write_body(prepared, folder) | write_heads(prepared, folder)
+        masks: dict[str, Any] = {}
+        if prepared.method.masks is not None:
+            files, masks["masks"] = write_masks(prepared, folder)
+            outputs |= files
         write_companions(prepared, folder)
         hashes = {path: found.hexdigest() for path, found in prints.items()}
-        record = run_record(prepared, started, hashes, outputs)
+        record = run_record(prepared, started, hashes, outputs) | masks
         folder.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         folder.write_text("README.md", model_card(record))
         folder.commit()
@@ -264,6 +271,7 @@ def _write_body(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
 
 
 def _in_memory(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    refuse_masks(prepared.method)
     specs = {name: spec for file in prepared.files.values() for name, spec in file.items()}
     parts: dict[str, list[Tensor]] = {name: [] for name in specs}
     with Workers(prepared.settings.threads) as workers:
@@ -293,6 +301,7 @@ def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Worke
     Raises:
         AdamergingError: as `merge`.
     """
+    refuse_masks(prepared.method)
     pipeline, keywords = _pipeline(prepared, workers)
     done = dict.fromkeys(prepared.plan.entries, 0)
     with torch.no_grad():

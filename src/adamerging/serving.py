@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .errors import UsageError, WeightsError
+from .masks import masked_names, restored
 from .output.companions import companions
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import write_tensors
@@ -91,10 +92,13 @@ class MergedModel:
         self.tasks: tuple[str, ...] = tuple(record.get("experts") or _heads_in(folder))
         self._body, self._model, self._head = body, model, head or {}
         self._shared: dict[str, Tensor] = {}
+        self._own = masked_names(folder) if "masks" in record else frozenset()
         self._ready: dict[str, _Ready] = {}
 
     def module(self, task: str) -> nn.Module:
         """The model of one task in evaluation mode. All tasks' modules hold the same body tensors.
+
+        Where the merge kept a mask for each task (`emr`, `tall_masks`), each has its own instead.
 
         Raises:
             UsageError: no such task, or a model that is none of transformers and was not given.
@@ -170,7 +174,7 @@ class MergedModel:
         known = {"kind": kind, "max_length": stated.get("max_length")}
         if kind == "text_embedding":
             known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
-        return part, self._body, {key: value for key, value in known.items() if value is not None}
+        return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
     def _check(self, task: str) -> None:
         if task not in self.tasks:
@@ -198,9 +202,15 @@ class MergedModel:
             task = image_task(name)
         else:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
-        module = task.skeleton(part, self._body)
+        module = task.skeleton(part, self._body_of(name))
         self._share(module, part)
         return _Ready(task, kind, module.to(self.device), names)
+
+    def _body_of(self, name: str) -> Weights:
+        """The body as a task uses it."""
+        if "masks" not in self.record:
+            return self._body
+        return restored(self.folder, self._body, self.record["masks"], name)
 
     def _part(self, name: str) -> Weights:
         """What a task has of its own: its head, and its configuration."""
@@ -238,7 +248,7 @@ class MergedModel:
         for name, tensor in module.state_dict(keep_vars=True).items():
             names = (name, name.removeprefix(prefix))
             stored = next((self._body.aliases.get(n, n) for n in names if self._has(n)), None)
-            if name not in part.specs and stored is not None:
+            if name not in part.specs and stored is not None and stored not in self._own:
                 first = self._shared.setdefault(stored, tensor)
                 if first.shape == tensor.shape:
                     replaced[id(tensor)] = first

@@ -74,6 +74,8 @@ VARIANTS: dict[str, list[Variant]] = {
         Variant({"density": 1.0, "outliers": 0.0}),
         Variant({"density": 0.4, "outliers": 0.1}),
     ],
+    "emr": [Variant(copies=whole)],
+    "tall_masks": [Variant(copies=summed)],
     "wudi": [
         Variant(),
         Variant({"matrices": "all", "ridge": 1.0}),

@@ -12,6 +12,7 @@ from . import (
     consensus,
     dare,
     della,
+    emr,
     iso_c,
     iso_cts,
     karcher,
@@ -20,6 +21,7 @@ from . import (
     pcb,
     rescale,
     slerp,
+    tall_masks,
     task_arithmetic,
     ties,
     tsv_m,
@@ -27,10 +29,11 @@ from . import (
     wudi,
 )
 from .registry import Registration, make_method, methods, register
-from .stage import Chunk, Method, Stage, Stream, chain
+from .stage import Chunk, Masks, Method, Stage, Stream, chain
 
 __all__ = [
     "Chunk",
+    "Masks",
     "Method",
     "Registration",
     "Stage",
@@ -43,6 +46,7 @@ __all__ = [
     "consensus",
     "dare",
     "della",
+    "emr",
     "iso_c",
     "iso_cts",
     "karcher",
@@ -54,6 +58,7 @@ __all__ = [
     "register",
     "rescale",
     "slerp",
+    "tall_masks",
     "task_arithmetic",
     "ties",
     "tsv_m",

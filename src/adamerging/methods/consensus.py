@@ -29,9 +29,13 @@ def consensus(threshold: NotNegative = 0.4, agreement: Annotated[int, Field(ge=1
         total = chunk.weights @ chunk.stack
         votes = torch.zeros_like(total)
         for vector, limit in zip(chunk.vectors, chunk.expert_settings(threshold), strict=True):
-            rest = (total - vector).abs_()
-            votes.add_(vector.abs().sub_(rest.mul_(limit)).sign_().clamp_min_(0))
+            votes.add_(excess(vector, total, limit).sign_().clamp_min_(0))
         return chunk.stack * votes.sub_(agreement - 0.5).sign_().clamp_min_(0)
 
     stage = Stage("keep what several experts need", apply)
     return Method("consensus", (stage,), scale=0.3, experts=(agreement, None))
+
+
+def excess(vector: Tensor, total: Tensor, limit: float) -> Tensor:
+    """|τ| - limit · |v - τ|, ``(n,)``: positive where an expert needs the merged vector v (a TALL mask)."""
+    return vector.abs().sub_((total - vector).abs_().mul_(limit))

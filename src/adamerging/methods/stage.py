@@ -156,6 +156,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Masks:
+    """How the weights of each expert come back out of the merged vector v: base + ρ_k · mask_k ⊙ v.
+
+    Attributes:
+        select: ``(chunk as the reducer sees it, v (n,)) → (K, n)`` bool, which values belong to each expert.
+        rescale: what ρ_k is: 1 (None), or Σ |τ_k| / Σ |mask_k ⊙ v| over the ``model``, or the same with the
+            mean over each tensor in the place of its sum (``tensor``).
+    """
+
+    select: Callable[[Chunk, Tensor], Tensor]
+    rescale: Literal["model", "tensor"] | None = None
+
+
+@dataclass(frozen=True)
 class Method:
     """A chain of stages that ends in one vector.
 
@@ -168,6 +182,8 @@ class Method:
         weighted: whether weights by expert are meaningful.
         experts: least and largest number of experts; None is no limit.
         seed: the seed that random choices derive from; None where nothing is random.
+        masks: how the weights of each expert come back out of the merged vector; None where there is but
+            one model.
     """
 
     name: str
@@ -178,6 +194,7 @@ class Method:
     weighted: bool = True
     experts: tuple[int, int | None] = (1, None)
     seed: int | None = None
+    masks: Masks | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -215,12 +232,16 @@ def chain(methods: Sequence[Method]) -> Method:
     that is reduced already: consensus over ties takes the scale of ties.
 
     Raises:
-        UsageError: no methods, or one that compares experts after one that left a single vector.
+        UsageError: no methods, one that compares experts after one that left a single vector, or one with
+            masks that is not the last.
     """
     if not methods:
         raise UsageError("a chain needs at least one method")
     if len(methods) == 1:
         return methods[0]
+    early = [method.name for method in methods[:-1] if method.masks is not None]
+    if early:
+        raise UsageError(f"'{early[0]}' keeps a mask for each task and can only be the last of a chain")
     last = methods[-1]
     scale = last.scale
     stages: list[Stage] = []

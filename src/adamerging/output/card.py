@@ -62,6 +62,11 @@ Recipe:
 def _data_note(record: Mapping[str, Any]) -> str:
     """What a reader of scores must know about the data."""
     notes = []
+    if record.get("masks"):
+        notes.append(
+            "Each task has **weights of its own**, made from one vector and its mask in `masks/` "
+            "when the folder is opened with the task's name. The body by itself is no multi-task model."
+        )
     if record.get("labelled"):
         notes.append("The coefficients were learned from **labelled** data.")
     if record.get("transductive"):
