@@ -9,10 +9,10 @@ highest bit. Tensors are flat, under the body's names; one that no expert change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from .errors import UsageError, WeightsError
 from .methods.stage import Chunk, Method
 from .output.folder import OutputFolder
 from .output.tensors import TensorWriter
+from .plan import Entry
 from .stream import Pipeline, Workers
 from .weights import Spec, Weights, open_weights
 
@@ -47,7 +48,7 @@ def refuse_masks(method: Method) -> None:
     if method.masks is not None:
         raise UsageError(
             f"method '{method.name}' keeps a mask for each task, so it makes no single model: write a folder "
-            "(out) without scoring, then evaluate that folder"
+            "(out), and open, evaluate or compare that"
         )
 
 
@@ -57,60 +58,116 @@ def write_masks(prepared: Prepared, folder: OutputFolder) -> tuple[dict[str, str
     Returns:
         sha256 by file name, and what the record says: ρ by task.
     """
-    vectors, method = prepared.vectors, prepared.method
-    unchanged = set(vectors.unchanged())
-    entries = [entry for entry in vectors.entries() if entry.name not in unchanged]
+    vectors = prepared.vectors
     body = {name: spec for file in prepared.files.values() for name, spec in file.items()}
-    sizes = {entry.name: vectors.numel(entry) for entry in entries}
+    sizes = {entry.name: vectors.numel(entry) for entry in _changed(prepared)}
     whole = {name: Spec((size,), body[name].dtype) for name, size in sizes.items()}
     bits = {name: Spec((-(-size // 8),), torch.uint8) for name, size in sizes.items()}
-    totals = torch.zeros(2, len(vectors.tasks), dtype=torch.float64)
     (folder.path / "masks" / "tasks").mkdir(parents=True)
     files = [VECTOR, *map(mask_file, vectors.tasks)]
+    totals = _Totals(prepared)
     with Workers(prepared.settings.threads) as workers, ExitStack() as stack:
         writers = [
             stack.enter_context(TensorWriter(folder.path / file, specs, {"format": "pt"}))
             for file, specs in zip(files, [whole] + [bits] * len(vectors.tasks), strict=True)
         ]
-        pipeline = Pipeline(vectors, method.transform, workers)
-        for entry in entries:
-            packers = [_Packer(writer) for writer in writers[1:]]
-            look = partial(_look, method=method, dtype=body[entry.name].dtype)
-            jobs = (partial(_run, look, compute) for compute in pipeline.chunks(entry))
-            share = 1 / sizes[entry.name] if method.masks and method.masks.rescale == "tensor" else 1.0
-            for piece in workers.map(lambda job: job(), jobs):
-                writers[0].write(piece.values)
-                for packer, mask in zip(packers, piece.masks, strict=True):
-                    packer.add(mask)
-                totals += piece.sums * share
-            for packer in packers:
-                packer.flush()
-    scales = [1.0] * len(vectors.tasks)
-    if method.masks is not None and method.masks.rescale is not None:
-        scales = [float(own / kept) if kept else 1.0 for own, kept in totals.T]
+        packers: list[_Packer] = []
+        for piece in _pieces(prepared, workers):
+            if piece.chunk.start == 0:
+                packers = [_Packer(writer) for writer in writers[1:]]
+            writers[0].write(piece.merged.to(body[piece.chunk.name].dtype))
+            for packer, mask in zip(packers, piece.masks.numpy(), strict=True):
+                packer.add(mask)
+            totals.add(piece)
+            if piece.chunk.stop == sizes[piece.chunk.name]:
+                for packer in packers:
+                    packer.flush()
     hashes = {file: writer.sha256 for file, writer in zip(files, writers, strict=True)}
-    return hashes, {"scales": dict(zip(vectors.tasks, scales, strict=True))}
+    return hashes, {"scales": totals.scales()}
+
+
+def task_scales(prepared: Prepared, workers: Workers) -> dict[str, float]:
+    """ρ of each task, after the experts were read once."""
+    totals = _Totals(prepared)
+    if prepared.method.masks is not None and prepared.method.masks.rescale is not None:
+        for piece in _pieces(prepared, workers):
+            totals.add(piece)
+    return totals.scales()
+
+
+def fill_task(
+    tensors: Mapping[str, Tensor], prepared: Prepared, workers: Workers, task: str, scale: float
+) -> None:
+    """Write the weights of one task into tensors that hold another's, or the merged body.
+
+    Args:
+        tensors: by the base's names, in their shapes.
+        prepared: what is merged; the experts were read once.
+        workers: threads.
+        task: which.
+        scale: its ρ.
+    """
+    row = prepared.vectors.tasks.index(task)
+    with torch.no_grad():
+        for piece in _pieces(prepared, workers):
+            chunk = piece.chunk
+            own = torch.addcmul(chunk.base, piece.merged, piece.masks[row].to(piece.merged), value=scale)
+            tensors[chunk.name].view(-1)[chunk.start : chunk.stop].copy_(own)
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Of consecutive values: v as stored, the masks ``(K, n)``, and ``(2, K)`` Σ |τ_k| and Σ |mask_k ⊙ v|."""
+    """Consecutive values of a tensor: as the reducer sees them, v ``(n,)`` and the masks ``(K, n)``."""
 
-    values: Tensor
-    masks: np.ndarray
-    sums: Tensor
+    chunk: Chunk
+    merged: Tensor
+    masks: Tensor
+
+    def sums(self) -> Tensor:
+        """``(2, K)`` float64: Σ |τ_k| and Σ |mask_k ⊙ v|."""
+        kept = self.masks.to(self.merged) @ self.merged.abs()
+        return torch.stack([self.chunk.stack.abs().sum(1), kept]).double()
 
 
-def _run(look: Callable[[Chunk], _Piece], compute: Callable[[], Chunk]) -> _Piece:
-    return look(compute())
+def _changed(prepared: Prepared) -> list[Entry]:
+    unchanged = set(prepared.vectors.unchanged())
+    return [entry for entry in prepared.vectors.entries() if entry.name not in unchanged]
 
 
-def _look(chunk: Chunk, method: Method, dtype: torch.dtype) -> _Piece:
-    assert method.masks is not None
-    merged = method.stages[-1].apply(chunk, None)[0]
-    masks = method.masks.select(chunk, merged)
-    own, kept = chunk.stack.abs().sum(1), masks.to(merged.dtype) @ merged.abs()
-    return _Piece(merged.to(dtype), masks.numpy(), torch.stack([own, kept]).double())
+def _pieces(prepared: Prepared, workers: Workers) -> Iterator[_Piece]:
+    method = prepared.method
+    masks = method.masks
+    assert masks is not None
+
+    def look(compute: Callable[[], Chunk]) -> _Piece:
+        chunk = compute()
+        merged = method.stages[-1].apply(chunk, None)[0]
+        return _Piece(chunk, merged, masks.select(chunk, merged))
+
+    pipeline = Pipeline(prepared.vectors, method.transform, workers)
+    jobs = (compute for entry in _changed(prepared) for compute in pipeline.chunks(entry))
+    return workers.map(look, jobs)
+
+
+class _Totals:
+    """Adds up what the scales follow from."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        assert prepared.method.masks is not None
+        self._tasks, self._rescale = prepared.vectors.tasks, prepared.method.masks.rescale
+        self._sums = torch.zeros(2, len(self._tasks), dtype=torch.float64)
+
+    def add(self, piece: _Piece) -> None:
+        """Take in one piece."""
+        size = prod(piece.chunk.shape) if self._rescale == "tensor" else 1
+        self._sums += piece.sums() / size
+
+    def scales(self) -> dict[str, float]:
+        """ρ by task."""
+        own, kept = self._sums.tolist()
+        if self._rescale is None:
+            return dict.fromkeys(self._tasks, 1.0)
+        return {task: a / b if b else 1.0 for task, a, b in zip(self._tasks, own, kept, strict=True)}
 
 
 class _Packer:

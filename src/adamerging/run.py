@@ -301,7 +301,6 @@ def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Worke
     Raises:
         AdamergingError: as `merge`.
     """
-    refuse_masks(prepared.method)
     pipeline, keywords = _pipeline(prepared, workers)
     done = dict.fromkeys(prepared.plan.entries, 0)
     with torch.no_grad():

@@ -60,7 +60,10 @@ def choose(
         saved = state.with_name(f"{state.stem}-{number}{state.suffix}")
         made = maker.merge(candidate, saved)
         model = bench.fingerprint()
-        scores = [bench.score(model, name, samples).record.accuracy for name, samples in judges.items()]
+        scores = [
+            bench.score(made.model_for(name, bench, model), name, samples).record.accuracy
+            for name, samples in judges.items()
+        ]
         found.append((sum(scores) / len(scores), candidate, made))
     for number in range(len(candidates)):
         state.with_name(f"{state.stem}-{number}{state.suffix}").unlink(missing_ok=True)

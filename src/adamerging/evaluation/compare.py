@@ -215,7 +215,7 @@ class _Run:
 
     def _scored(self, planned: Planned, made: Made, maker: Maker, row: Row) -> dict[str, Any]:
         """Scores under every condition, and what explains them."""
-        bench, model = self.bench, self.bench.fingerprint()
+        bench, whole = self.bench, self.bench.fingerprint()
         wants = explains(bench.settings) and planned.kind != "expert"
         keep_logits = wants or (planned.kind == "expert" and explains(bench.settings))
         records: list[ScoreRecord] = []
@@ -223,6 +223,7 @@ class _Run:
         own = planned.experts if planned.kind == "expert" else planned.tasks
         anew = adapted_anew(bench.settings, made)
         for task in own:
+            model = made.model_for(task, bench, whole)
             scored = bench.score(model, task, logits=keep_logits)
             records.append(scored.record)
             if scored.result.logits is not None:
@@ -234,12 +235,12 @@ class _Run:
             name = planned.experts[0]
             self.expert_logits |= logits
             for task, under in bench.answers(name):
-                records.append(bench.score(model, task, under=under).record)
+                records.append(bench.score(whole, task, under=under).record)
             self.experts |= {(r.task, r.condition): r.accuracy for r in records if r.task == name}
         if anew and planned.wanted is not None:
             records += anew(planned, maker, row)
         why = explain(bench, logits, self.expert_logits) if wants else {}
-        return {"scores": normalised(records, self.experts), "fingerprint": model, "why": why}
+        return {"scores": normalised(records, self.experts), "fingerprint": whole, "why": why}
 
     def _ask_experts(self, tasks: Sequence[str]) -> None:
         """The experts' own logits, to see where a merged model differs; from the cache where they are."""

@@ -16,6 +16,7 @@ from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, begin, learn, make_learner
 from ..adaptation.settings import resolve
 from ..errors import UsageError
+from ..masks import fill_task, task_scales
 from ..merging import check_method
 from ..run import Prepared, merge_into, statistics_warning
 from ..tasks.task import Task
@@ -24,6 +25,8 @@ from .entries import Candidate
 
 ROUNDS = 16
 """Batches of every task that BatchNorm statistics are estimated on, as a merge with data does."""
+
+PER_TASK = "no single model: each task has weights of its own, found by its mask, and needs the task's name"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Made:
         history: records of learning.
         coefficients: what was learned, see `records.Row`.
         parameters: how many numbers that is.
+        own: makes the body the model of one task, where each task has one; again a merged body with a task
+            that none was made for.
     """
 
     again: Callable[[], None]
@@ -48,6 +53,20 @@ class Made:
     coefficients: Mapping[str, Any] | None = None
     parameters: int | None = None
     seconds: float = field(default=0.0)
+    own: Callable[[str], None] | None = None
+
+    def model_for(self, task: str, bench: Bench, model: str) -> str:
+        """Get the body ready to be scored on a task; its fingerprint.
+
+        Args:
+            task: that comes next.
+            bench: with the body.
+            model: fingerprint of the body as it was made.
+        """
+        if self.own is None:
+            return model
+        self.own(task)
+        return bench.fingerprint()
 
 
 @dataclass(frozen=True)
@@ -105,9 +124,25 @@ class Maker:
             return self._learned(prepared, candidate, state)
         prepared = replace(prepared, method=candidate.method)
         check_method(candidate.method, vectors, candidate.settings.scale)
-        return self._merged(
+        merged = self._merged(
             prepared, lambda: merge_into(self.bench.body.tensors, prepared, self.bench.workers)
         )
+        return merged if candidate.method.masks is None else self._masked(prepared, merged)
+
+    def _masked(self, prepared: Prepared, merged: Made) -> Made:
+        """A model for each task, from one vector and the task's mask."""
+        tensors, workers = self.bench.body.tensors, self.bench.workers
+        started = time.perf_counter()
+        scales = task_scales(prepared, workers)
+        seconds = merged.seconds + time.perf_counter() - started
+
+        def own(task: str) -> None:
+            if task in scales:
+                fill_task(tensors, prepared, workers, task, scales[task])
+            else:
+                merged.again()
+
+        return replace(merged, own=own, seconds=seconds, warnings=[*merged.warnings, PER_TASK])
 
     def _data(self) -> dict[str, Task]:
         return {
