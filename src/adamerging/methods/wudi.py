@@ -63,27 +63,34 @@ def wudi(
 
 def _solve(stack: Tensor, ridge: float) -> Tensor:
     """For each task τ_t (G_t + ρ I) (Σ G_t + ρ I)⁻¹ ``(K, m, n)``; their sum is the merge."""
-    total = torch.zeros(stack.shape[2], stack.shape[2], dtype=torch.float64)
-    grams = 0
-    for matrix in stack.double():
-        if matrix.any():
-            grams += 1
-            total.addmm_(matrix.T, matrix, alpha=1 / float(matrix.square().sum()))
-    level = ridge * grams / len(total)
-    factor = torch.linalg.cholesky(total.diagonal_scatter(total.diagonal() + level))
+    rows, columns = stack.shape[1:]
+    moved = [index for index, matrix in enumerate(stack) if matrix.any()]
+    total = torch.zeros(columns, columns, dtype=torch.float64)
+    grams = {}  # kept where they are no larger than the matrices
+    for index in moved:
+        gram = _gram(stack[index].double().T)
+        total += gram
+        if columns <= rows:
+            grams[index] = gram
+    level = ridge * len(moved) / columns
+    total.diagonal().add_(level)
+    factor = torch.linalg.cholesky(total)
     changed = torch.zeros_like(stack)
-    for share, matrix in zip(changed, stack.double(), strict=True):
-        if matrix.any():
-            wanted = _along_itself(matrix).add_(matrix, alpha=level)
-            share.copy_(torch.cholesky_solve(wanted.T, factor).T)
+    for index in moved:
+        matrix = stack[index].double()
+        if columns <= rows:
+            grams[index].diagonal().add_(level)
+            change = matrix @ torch.cholesky_solve(grams.pop(index), factor).T
+        else:
+            wanted = torch.addmm(matrix, _gram(matrix), matrix, beta=level)
+            change = torch.cholesky_solve(wanted.T, factor).T
+        changed[index] = change
     return changed
 
 
-def _along_itself(matrix: Tensor) -> Tensor:
-    """τ τᵀ τ / ‖τ‖², by way of the smaller of the two Gram matrices."""
-    rows, columns = matrix.shape
-    product = (matrix @ matrix.T) @ matrix if rows < columns else matrix @ (matrix.T @ matrix)
-    return product.div_(matrix.square().sum())
+def _gram(matrix: Tensor) -> Tensor:
+    """Inner products of the rows, ``(m, n) → (m, m)``, by the squared norm of all."""
+    return (matrix @ matrix.T).div_(matrix.square().sum())
 
 
 def _descend(stack: Tensor, steps: int, lr: float) -> Tensor:
@@ -95,8 +102,9 @@ def _descend(stack: Tensor, steps: int, lr: float) -> Tensor:
     total = torch.zeros(stack.shape[2], stack.shape[2], dtype=stack.dtype)
     wanted = torch.zeros_like(stack[0])
     for matrix in moved:
-        total.addmm_(matrix.T, matrix, alpha=1 / float(matrix.square().sum()))
-        wanted += _along_itself(matrix)
+        gram = _gram(matrix.T)
+        total += gram
+        wanted.addmm_(matrix, gram)
     merged = stack.sum(0)
     optimizer = torch.optim.Adam([merged], lr=lr, foreach=False)
     for _ in range(steps):
