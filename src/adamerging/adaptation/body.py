@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..allocator import give_back_freed_memory
 from ..errors import PlanError
 from ..plan import Plan
 from ..task_vectors import TaskVectors
@@ -73,6 +74,8 @@ class Body:
             for leaf, tensor in list(part._buffers.items()):
                 if tensor is not None and id(tensor) in shared:
                     part._buffers[leaf] = shared[id(tensor)].detach()
+        del stored, tensor
+        give_back_freed_memory()  # the module's own body: as much as the model, of each task anew
         return module
 
     def train_only(self, names: set[str]) -> None:

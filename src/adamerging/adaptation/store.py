@@ -9,6 +9,7 @@ merge, and nothing of the size of K models is ever held, unless a budget allows 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -112,7 +113,7 @@ class VectorStore:
                     merged.addcmul_(row.view(merged.shape), scale[:, None])
             target.copy_(merged.view(-1))
 
-        self._run(piece)
+        deque(self._run(piece), maxlen=0)
 
     def pull_back(self, gradients: Mapping[str, Tensor], where: Layout) -> Tensor:
         """Contract the gradients of the merged weights with the stack: ``(S, width)`` float64.
@@ -166,9 +167,10 @@ class VectorStore:
 
     def _run(
         self, piece: Callable[[Entry, int, int], T], gradients: Mapping[str, Tensor] | None = None
-    ) -> list[T]:
+    ) -> Iterator[T]:
+        """Results as they come: many small ones held would pin the memory that pieces are freed from."""
         entries = [entry for entry in self.entries() if gradients is None or entry.name in gradients]
-        return list(self.workers.map(lambda job: piece(*job), self._jobs(entries)))
+        return self.workers.map(lambda job: piece(*job), self._jobs(entries))
 
 
 def _range(where: Layout, entry: Entry, start: int, stop: int) -> slice:
