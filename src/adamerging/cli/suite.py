@@ -42,6 +42,12 @@ def suite(
         typer.Option("--stage", help="finetune the experts, merge them, compare the methods, or all three."),
     ] = Stage.all,
     tasks: finetuning.Tasks = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=TEXT", help="Another text for a placeholder of the suite's own, as base."
+        ),
+    ] = None,
     multitask: Annotated[
         bool,
         typer.Option("--multitask", help="Also train one model on all tasks jointly."),
@@ -63,21 +69,32 @@ def suite(
     from ..errors import UsageError
     from ..suites import files
     from ..suites.data import ensure
+    from ..suites.hub import ensure_weights
 
     if name is None:
         _list(files, as_json)
         return
     loaded = files.load_suite(name)
-    if data is None:
+    if data is None and loaded.data.seen is not None:
         raise UsageError(f"give the folder of the data sets, --data FOLDER; {name} needs {_needs(loaded)}")
     folder = out or Path("runs") / name
-    filled = files.fill(loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask)
-    ensure(data, filled.folders, show.note)
+    filled = files.fill(
+        loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask,
+        values=_values(values or []),
+    )  # fmt: skip
+    if data is not None:
+        ensure(data, filled.folders, show.note)
+    if loaded.hub:
+        ensure_weights(loaded, filled)
     found: dict[str, Any] = {"suite": name, "out": str(folder), "dry_run": dry_run}
     if not dry_run:
         found["recipes"] = {key: str(path) for key, path in filled.write(folder).items()}
     stages = [Stage.finetune, Stage.merge, Stage.compare] if stage is Stage.all else [stage]
-    if Stage.finetune in stages or dry_run:
+    if filled.finetune is None:
+        found["experts"] = {name: each for name, each in filled.merge["experts"].items()}
+        if Stage.finetune in stages or dry_run:
+            show.note(f"{name}: nothing to train, its experts are there: {', '.join(found['experts'])}")
+    elif Stage.finetune in stages or dry_run:
         outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
         found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
         if not as_json:
@@ -91,6 +108,16 @@ def suite(
         show.print_json(found)
 
 
+def _values(given: Sequence[str]) -> dict[str, str]:
+    """``NAME=TEXT`` → text by name."""
+    from ..errors import UsageError
+
+    wrong = [each for each in given if not each.partition("=")[0] or "=" not in each]
+    if wrong:
+        raise UsageError(f"--set takes NAME=TEXT, got {', '.join(map(repr, wrong))}")
+    return {each.partition("=")[0]: each.partition("=")[2] for each in given}
+
+
 def _list(files: Any, as_json: bool) -> None:
     suites = [files.load_suite(name) for name in files.names()]
     if as_json:
@@ -101,7 +128,8 @@ def _list(files: Any, as_json: bool) -> None:
 
 
 def _needs(loaded: Any) -> str:
-    tasks = [loaded.data.seen.replace("${task}", task) for task in loaded.data.tasks]
+    seen = loaded.data.seen
+    tasks = [seen.replace("${task}", task) for task in loaded.data.tasks]
     return ", ".join(tasks + loaded.data.unseen)
 
 
@@ -111,6 +139,7 @@ def _finetune(
     from ..finetuning.settings import FinetuneRecipe
     from ..validation import make
 
+    assert filled.finetune is not None
     changes = flags.given(jobs=jobs, threads=threads, overwrite=overwrite or None)
     recipe = make(FinetuneRecipe, {**filled.finetune, **changes}, f"suite {filled.suite.title}")
     return finetuning.run(recipe, dry_run=dry_run)
