@@ -75,8 +75,13 @@ def suite(
         _list(files, as_json)
         return
     loaded = files.load_suite(name)
-    if data is None and loaded.data.seen is not None:
-        raise UsageError(f"give the folder of the data sets, --data FOLDER; {name} needs {_needs(loaded)}")
+    if data is None and _folders(loaded):
+        needed = ", ".join(_folders(loaded))
+        raise UsageError(f"give the folder of the data sets, --data FOLDER; {name} needs {needed}")
+    if data is not None and not _folders(loaded):
+        raise UsageError(
+            f"{name} takes its data from the hub, so --data is of no use; copies are given with --set images=..."
+        )
     folder = out or Path("runs") / name
     filled = files.fill(
         loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask,
@@ -127,10 +132,11 @@ def _list(files: Any, as_json: bool) -> None:
     show.console().print(show.table("Suites", ["name", "what it is"], rows))
 
 
-def _needs(loaded: Any) -> str:
-    seen = loaded.data.seen
-    tasks = [seen.replace("${task}", task) for task in loaded.data.tasks]
-    return ", ".join(tasks + loaded.data.unseen)
+def _folders(loaded: Any) -> list[str]:
+    """The data folders that a suite needs, as they are written in its file."""
+    seen: str | None = loaded.data.seen
+    tasks = [] if seen is None else [seen.replace("${task}", task) for task in loaded.data.tasks]
+    return [*tasks, *loaded.data.unseen]
 
 
 def _finetune(
