@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import adamerging as am
 from adamerging.errors import UsageError, WeightsError
+from adamerging.evaluation.features import Host
+from adamerging.evaluation.unseen import fit_head, held_out_data, host_for, unseen_task
 from adamerging.tasks import zero_shot_image
 from adamerging.weights import open_weights
 from tiny_clip import COLOURS, save_clip, save_clip_expert, set_family
@@ -85,7 +87,9 @@ def reference_logits(base: Path, expert: Path) -> torch.Tensor:
 
 def task_of(name: str, **options: Any) -> am.Task:
     options = {"label_names": COLOURS, "templates": TEMPLATES, **options}
-    return am.zero_shot_image_task(name, IMAGES[:8], list(zip(IMAGES[8:], LABELS[8:], strict=True)), **options)
+    return am.zero_shot_image_task(
+        name, IMAGES[:8], list(zip(IMAGES[8:], LABELS[8:], strict=True)), **options
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -113,6 +117,21 @@ def test_the_features_under_the_fixed_head_are_the_logits(base: Path, experts: d
     found = task.features(module, batch)
     assert torch.allclose(found.norm(dim=-1), torch.ones(len(IMAGES)), atol=1e-5)
     assert torch.allclose(found @ task.fixed_head(weights, own).T, task.forward(module, batch), atol=1e-4)
+
+
+def test_a_task_that_is_left_out_keeps_its_head(base: Path, experts: dict[str, Path]) -> None:
+    own = open_weights(base)
+    expert = open_weights(experts["bare"])
+    left_out, seen = task_of("bare"), task_of("prefixed")
+    module = seen.skeleton(open_weights(experts["prefixed"]), own)
+    data = held_out_data(left_out, expert, own)
+    assert data.train is None and data.kind == "image_zero_shot"
+    host = host_for(data, [Host(seen)])
+    head = fit_head(data, host, module)
+    assert head.kind == "zero-shot"
+    scored = unseen_task(data, head, host)
+    found = scored.forward(module, scored.collate(IMAGES))
+    assert torch.allclose(found, reference_logits(base, experts["prefixed"]), atol=1e-4)
 
 
 def test_a_head_is_made_once(base: Path, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +261,9 @@ def test_what_lacks_tensors_or_is_no_clip_is_refused(
     (tmp_path / "cut").mkdir()
     save_file(tensors, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
     (tmp_path / "cut" / "config.json").write_text((experts["bare"] / "config.json").read_text())
-    with pytest.raises(WeightsError, match=r"lacks tensors of CLIP's image tower: .*layers\.1\.mlp\.fc1\.bias"):
+    with pytest.raises(
+        WeightsError, match=r"lacks tensors of CLIP's image tower: .*layers\.1\.mlp\.fc1\.bias"
+    ):
         task_of("cut").skeleton(open_weights(tmp_path / "cut"), open_weights(base))
     with pytest.raises(UsageError, match="nothing names them"):
         task_of("bare", label_names=None)

@@ -95,7 +95,9 @@ def text_head(base: Weights, prompts: Sequence[Sequence[str]], tokenizer: Any = 
         UsageError: it comes without a tokenizer.
     """
     config = configuration(base)
-    names = [name for name in base.specs if name.startswith("text_model.") or name == "text_projection.weight"]
+    names = [
+        name for name in base.specs if name.startswith("text_model.") or name == "text_projection.weight"
+    ]
     if config.model_type != "clip" or not names or "logit_scale" not in base.specs:
         raise WeightsError(
             f"{base.label} (model type {config.model_type}) has no text tower of CLIP to make a head with; "
@@ -127,9 +129,7 @@ def text_head(base: Weights, prompts: Sequence[Sequence[str]], tokenizer: Any = 
 
 def text_part(base: Weights) -> dict[str, Tensor]:
     """The tensors that a head depends on, by name."""
-    return {
-        name: base.read(name) for name in base.specs if name.startswith("text_") or name == "logit_scale"
-    }
+    return {name: base.read(name) for name in base.specs if name.startswith("text_") or name == "logit_scale"}
 
 
 def _vision_config(base: Weights) -> Any:
