@@ -2,19 +2,20 @@
 
     python examples/convert_task_vectors.py checkpoints/ViT-B-32/MNIST/finetuned.pt experts/mnist --trust
 
-Those checkpoints (github.com/mlfoundations/task_vectors, used by the AdaMerging paper too) are whole modules in
-pickle files. Opening such a file runs the code in it, so adamerging never does. This script does, which is why
-you run it yourself, and only for files whose origin you trust. Run it in an environment of its own, without
-network and without secrets, where the code of that repository is on the path: the file names its classes.
+Those checkpoints (github.com/mlfoundations/task_vectors, used by the AdaMerging paper too) are whole modules
+in pickle files. Opening such a file runs the code in it, so adamerging never does. This script does, which is
+why you run it yourself, and only for files whose origin you trust. Run it in an environment of its own,
+without network and without secrets, where the code of that repository is on the path: the file names its
+classes.
 
     git clone https://github.com/mlfoundations/task_vectors
     pip install open_clip_torch==2.0.2 torch safetensors
     PYTHONPATH=task_vectors python examples/convert_task_vectors.py ... --trust
 
-What it writes is an ordinary folder: `model.safetensors` with the names of transformers' CLIP image tower and its
-projection, and a `config.json`. The configuration says of which family the checkpoint is: its numbers do not
-compare with those of the experts on the Hugging Face hub, and adamerging refuses to put both into one table.
-Its base is `openai/clip-vit-base-patch32` (or -patch16, or `openai/clip-vit-large-patch14`).
+What it writes is an ordinary folder: `model.safetensors` with the names of transformers' CLIP image tower and
+its projection, and a `config.json`. The configuration says of which family the checkpoint is: its numbers do
+not compare with those of the experts on the Hugging Face hub, and adamerging refuses to put both into one
+table. Its base is `openai/clip-vit-base-patch32` (or -patch16, or `openai/clip-vit-large-patch14`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from models import nudge
 from tiny_tasks import save_tokenizer
 
 Form = Literal["bare", "prefixed", "projected", "whole"]
-WORDS = "[PAD] [UNK] [CLS] [SEP] a photo picture of the red green blue dark thing .".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", "the", "red", "green", "blue", "thing", "."]
 COLOURS = ["red thing", "green thing", "blue thing"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -94,11 +93,12 @@ def test_what_has_no_place_is_refused(script: ModuleType) -> None:
         script.convert({"visual.strange": torch.ones(1)})
 
 
-def test_nothing_is_opened_unless_it_is_trusted(tmp_path: Path) -> None:
+def test_nothing_is_opened_unless_it_is_trusted(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.pt").write_bytes(b"no pickle")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path / "a.pt"), str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "--trust" in done.stderr
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2 and "--trust" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

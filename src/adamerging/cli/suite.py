@@ -14,7 +14,7 @@ from .failing import guard
 
 if TYPE_CHECKING:
     from ..finetuning.run import Outcome
-    from ..suites.files import Filled
+    from ..suites.files import Filled, Suite
 
 
 class Stage(str, Enum):
@@ -66,39 +66,28 @@ def suite(
 
     Example: adamerging suite text8 --data data/
     """
-    from ..errors import UsageError
     from ..suites import files
-    from ..suites.data import ensure
-    from ..suites.hub import ensure_weights
 
     if name is None:
         _list(files, as_json)
         return
     loaded = files.load_suite(name)
-    if data is None and _folders(loaded):
-        needed = ", ".join(_folders(loaded))
-        raise UsageError(f"give the folder of the data sets, --data FOLDER; {name} needs {needed}")
-    if data is not None and not _folders(loaded):
-        raise UsageError(
-            f"{name} takes its data from the hub, so --data is of no use; copies are given with --set images=..."
-        )
+    _check_data(loaded, data)
     folder = out or Path("runs") / name
     filled = files.fill(
         loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask,
         values=_values(values or []),
     )  # fmt: skip
-    if data is not None:
-        ensure(data, filled.folders, show.note)
-    if loaded.hub:
-        ensure_weights(loaded, filled)
+    _ensure(loaded, filled, data)
     found: dict[str, Any] = {"suite": name, "out": str(folder), "dry_run": dry_run}
     if not dry_run:
         found["recipes"] = {key: str(path) for key, path in filled.write(folder).items()}
     stages = [Stage.finetune, Stage.merge, Stage.compare] if stage is Stage.all else [stage]
     if filled.finetune is None:
-        found["experts"] = {name: each for name, each in filled.merge["experts"].items()}
+        given = filled.merge["experts"]
+        found["experts"] = [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
         if Stage.finetune in stages or dry_run:
-            show.note(f"{name}: nothing to train, its experts are there: {', '.join(found['experts'])}")
+            show.note(f"{name}: nothing to train, its experts are there: {', '.join(given)}")
     elif Stage.finetune in stages or dry_run:
         outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
         found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
@@ -111,6 +100,34 @@ def suite(
         found["compare"] = _compare(found["recipes"]["compare"], folder, as_json)
     if as_json:
         show.print_json(found)
+
+
+def _check_data(loaded: Suite, data: Path | None) -> None:
+    """Refuse a suite without its data, and data for a suite that has none."""
+    from ..errors import UsageError
+
+    seen, title = loaded.data.seen, loaded.title
+    tasks = [] if seen is None else [seen.replace("${task}", task) for task in loaded.data.tasks]
+    needed = [*tasks, *loaded.data.unseen]
+    if data is None and needed:
+        raise UsageError(
+            f"give the folder of the data sets, --data FOLDER; {title} needs {', '.join(needed)}"
+        )
+    if data is not None and not needed:
+        raise UsageError(
+            f"{title} takes its data from the hub, so --data is of no use; give copies with --set images=..."
+        )
+
+
+def _ensure(loaded: Suite, filled: Filled, data: Path | None) -> None:
+    """See that what the suite takes from a folder or from the hub is there."""
+    from ..suites.data import ensure
+    from ..suites.hub import ensure_weights
+
+    if data is not None:
+        ensure(data, filled.folders, show.note)
+    if loaded.hub:
+        ensure_weights(loaded, filled)
 
 
 def _values(given: Sequence[str]) -> dict[str, str]:
@@ -130,13 +147,6 @@ def _list(files: Any, as_json: bool) -> None:
         return
     rows = [(suite.title, suite.about) for suite in suites]
     show.console().print(show.table("Suites", ["name", "what it is"], rows))
-
-
-def _folders(loaded: Any) -> list[str]:
-    """The data folders that a suite needs, as they are written in its file."""
-    seen: str | None = loaded.data.seen
-    tasks = [] if seen is None else [seen.replace("${task}", task) for task in loaded.data.tasks]
-    return [*tasks, *loaded.data.unseen]
 
 
 def _finetune(

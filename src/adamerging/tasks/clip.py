@@ -32,7 +32,7 @@ def image_tower(expert: Weights, base: Weights) -> nn.Module:
         base: a CLIP; it gives what the expert does not hold, as the projection.
 
     Returns:
-        A ``CLIPVisionModelWithProjection`` whose ``state_dict()`` speaks of tensors as the expert's file does.
+        A ``CLIPVisionModelWithProjection`` whose ``state_dict()`` has the names of the expert's file.
 
     Raises:
         WeightsError: the base is no CLIP, or tensors are missing or of another shape.
@@ -122,7 +122,7 @@ def text_head(base: Weights, prompts: Sequence[Sequence[str]], tokenizer: Any = 
             )  # fmt: skip
             found = tower(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             rows.append(nn.functional.normalize(found.text_embeds, dim=-1))
-        parts = torch.cat(rows).split([len(texts) for texts in prompts])
+        parts = torch.split(torch.cat(rows), [len(texts) for texts in prompts])  # type: ignore[no-untyped-call]
         means = torch.stack([nn.functional.normalize(part.mean(0), dim=-1) for part in parts])
         return (means * base.read("logit_scale").float().exp()).clone()
 

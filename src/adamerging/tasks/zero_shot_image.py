@@ -60,7 +60,8 @@ def zero_shot_image_task(
         processor: an image processor, or a folder with one; the base's by default.
 
     Raises:
-        UsageError: the data, the prompts or the head cannot be what they are given as; neither names nor head.
+        UsageError: the data, the prompts or the head cannot be what they are given as; or there are neither
+            names nor a head.
         MissingExtraError: a package of the ``data`` extra is needed.
     """
     settled = settle_prompts(name, prompts, label_names, templates)
