@@ -122,7 +122,7 @@ def text_head(base: Weights, prompts: Sequence[Sequence[str]], tokenizer: Any = 
             )  # fmt: skip
             found = tower(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             rows.append(nn.functional.normalize(found.text_embeds, dim=-1))
-        parts = torch.split(torch.cat(rows), [len(texts) for texts in prompts])  # type: ignore[no-untyped-call]
+        parts = torch.split(torch.cat(rows), [len(texts) for texts in prompts])
         means = torch.stack([nn.functional.normalize(part.mean(0), dim=-1) for part in parts])
         return (means * base.read("logit_scale").float().exp()).clone()
 
