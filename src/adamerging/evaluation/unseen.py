@@ -30,9 +30,13 @@ from .probe import LinearHead, fit_probe, given_head, pick_samples
 from .settings import Unseen
 
 _DATA: Mapping[str, DataKind] = {
-    "text": "text", "text_embedding": "text", "image": "image", "module": "array",
+    "text": "text", "text_embedding": "text", "image": "image", "image_zero_shot": "image",
+    "module": "array",
 }  # fmt: skip
-_FROM_HOST = ("adapt", "max_length", "tokenizer", "processor", "model", "forward", "feature_module")
+_FROM_HOST = (
+    "adapt", "max_length", "tokenizer", "processor", "templates", "prompts", "model", "forward",
+    "feature_module",
+)  # fmt: skip
 """Keys of a task that have no use here: the model and its preparation are the host's."""
 
 
