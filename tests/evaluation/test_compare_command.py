@@ -43,7 +43,11 @@ def test_the_table_shows_every_row_and_why_one_failed(cli, done, out):
     for word in ("base", "experts", "average", "mine", "dare", *CLASSES, "± standard deviation over 2 seeds"):
         assert word in ended.out
     assert "failed: slerp: method 'slerp' merges exactly 2 experts, got 3" in ended.out
-    assert f"adamerging report {out}" in ended.err
+    assert f"the report is {out / 'report.html'}" in ended.err
+    assert "adamerging compare" in (out / "report.html").read_text()
+    assert cli("compare", done / "recipe.yaml", "--out", out, "--no-report").err.endswith(
+        "makes a page of them\n"
+    )
 
 
 def test_json_is_one_document_with_all_records(cli, done, out):

@@ -84,7 +84,6 @@ def slice_of(
         raise UsageError(f"no expert for {', '.join(lacking)}; experts: {', '.join(vectors.tasks)}")
     data = [_first(task, limit) for task, _ in tasks]
     store = VectorStore(vectors, workers, device=body.device)
-    store.scan()  # what was never read counts as unchanged, and would stay the base
     where = layout("task", vectors.tasks, store.entries(), vectors.places)
 
     def fill(first: float, second: float) -> None:

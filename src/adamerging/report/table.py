@@ -155,11 +155,13 @@ def _notes(lines: Iterable[Line]) -> list[str]:
 
 def _failures(run: Run) -> list[str]:
     """Rows without scores, each with its reason, and rows that are not there yet."""
-    failed = [row for row in run.rows if row.failed is not None]
-    notes = [
-        f"failed: {row.label}{'' if row.seed is None else f', seed {row.seed}'}: {row.failed}"
-        for row in failed
-    ]
+    failed = dict.fromkeys(
+        f"failed: {row.label}{'' if row.seed is None else f', seed {row.seed}'}"
+        f"{'' if row.group is None else f' ({row.group})'}: {row.failed}"
+        for row in run.rows
+        if row.failed is not None
+    )
+    notes = list(failed)
     if run.missing:
         notes.append(f"{run.missing} of {run.comparison.planned} rows are not there yet.")
     return [*notes, *run.problems]
