@@ -45,9 +45,8 @@ def test_the_table_shows_every_row_and_why_one_failed(cli, done, out):
     assert "failed: slerp: method 'slerp' merges exactly 2 experts, got 3" in ended.out
     assert f"the report is {out / 'report.html'}" in ended.err
     assert "adamerging compare" in (out / "report.html").read_text()
-    assert cli("compare", done / "recipe.yaml", "--out", out, "--no-report").err.endswith(
-        "makes a page of them\n"
-    )
+    ended = cli("compare", done / "recipe.yaml", "--out", out, "--no-report")
+    assert f"adamerging report {out} makes a page of them" in ended.err
 
 
 def test_json_is_one_document_with_all_records(cli, done, out):
@@ -120,6 +119,65 @@ def test_a_section_that_cannot_be_right_is_refused(cli, models, tmp_path, compar
     assert ended.code == 2
     assert message in ended.err and "Traceback" not in ended.err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("compare", "messages"),
+    [
+        ({"shift": {"corruptions": ["typo", "gausian_noise"]}}, ["did you mean 'typos'", "'gaussian_noise'"]),
+        ({"shift": {"severities": [3, 6, 0]}}, ["severity", "6", "0"]),
+        ({"shift": {"corruptions": ["jpeg"]}}, ["no corruption fits the evaluation data of any task"]),
+        ({"shift": {"tasks": ["film"]}}, ["there is no task 'film'; the tasks are films, books, topics"]),
+        ({"unseen": {"leave_out": [["film"], ["books"] * 2]}}, ["did you mean 'films'?", "a task twice"]),
+        ({"unseen": {"leave_out": [["films", "books", "topics"]]}}, ["leaves out every task"]),
+        ({"unseen": {"leave_out": 3}}, ["leave_out (=3) must be from 1 to 2"]),
+        ({"unseen": {"subsets": 0}}, ["unseen.subsets (=0)"]),
+        ({"unseen": {"tasks": {"u": {"trian": "x"}}}}, ["unseen task 'u'", "did you mean 'train'?"]),
+        ({"unseen": {"tasks": {"films": {}}}}, ["a task of the recipe has this name"]),
+        ({"unseen": {"tasks": {"u": {"train": "a.csv", "evaluate": "b.csv"}}}}, ["a.csv", "does not exist"]),
+        ({"unseen": {"tasks": {"u": {"evaluate": "b.jsonl"}}}}, ["either train", "or head"]),
+        ({"unseen": {"probe_samples": 2, "leave_out": 1}}, ["probe_samples (=2) is less than its 3 classes"]),
+        ({"slice_tasks": ["films", "film"]}, ["slice_tasks: there is no labelled data for 'film'"]),
+        ({"slice_tasks": ["films", "films"]}, ["slice_tasks names films twice"]),
+        (
+            {
+                "shift": {"corruptions": ["typo"]},
+                "unseen": {"leave_out": 9, "tasks": {"u": {}, "v": {"like": "w"}}},
+            },
+            ["did you mean 'typos'", "leave_out (=9)", "unseen task 'u' needs evaluate", "like (='w')"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_said_at_once_and_before_anything_is_computed(
+    cli, models, tmp_path, monkeypatch, compare, messages
+):
+    monkeypatch.setattr("adamerging.evaluation.compare.Bench", None)
+    ended = cli("compare", save_recipe(tmp_path, models, compare=compare), "--out", tmp_path / "new")
+    assert ended.code == 2 and "Traceback" not in ended.err
+    for message in messages:
+        assert message in ended.err.replace("\n", " ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_task_left_out_needs_labels(cli, models, tmp_path):
+    lines = [json.loads(line) for line in (models / "films_val.jsonl").read_text().splitlines()]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": line["text"]}) + "\n" for line in lines))
+    films = {"adapt": str(tmp_path / "val.jsonl"), "evaluate": str(models / "films_test.jsonl")}
+    books = {"adapt": str(models / "books_val.jsonl"), "evaluate": str(models / "books_test.jsonl")}
+    recipe = save_recipe(
+        tmp_path, models, tasks={"films": films, "books": books}, compare={"unseen": {"leave_out": 1}}
+    )
+    ended = cli("compare", recipe, "--out", tmp_path / "new")
+    assert ended.code == 2
+    assert "task 'films' is left out, and its expert's head with it" in ended.err
+    assert "expert 'topics' is left out and has no labelled data to score on" in ended.err
+    assert "books" not in ended.err.replace(str(tmp_path), "")
+
+
+def test_a_task_that_the_experts_lack_is_refused(cli, models, tmp_path):
+    recipe = save_recipe(tmp_path, models, tasks={"filmes": {"evaluate": str(models / "films_test.jsonl")}})
+    ended = cli("compare", recipe, "--out", tmp_path / "new")
+    assert ended.code == 2 and "tasks without an expert: filmes" in ended.err
 
 
 def test_labels_outside_the_heads_range_are_refused(cli, models, tmp_path):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .intervals import accuracy_interval
 from .metrics import metrics
 from .records import CLEAN, ScoreRecord
 from .settings import CompareSettings
+from .shift import conditions
 
 KEPT = 512 << 20
 """Bytes of ready inputs that are kept from one model to the next, of all tasks together."""
@@ -150,8 +150,7 @@ class Bench:
         shift, task = self.settings.shift, self.seats[name].task
         if shift is None or task.evaluate is None or (shift.tasks is not None and name not in shift.tasks):
             return
-        make: Callable[..., Iterator[tuple[str, Samples]]] = import_module(".shift", __package__).conditions
-        yield from make(task, shift)
+        yield from conditions(task, shift)
 
     def score(
         self,

@@ -163,7 +163,7 @@ def fit_head(
     *,
     samples: int = 2000,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> LinearHead:
     """The task's head: its fixed one, or a probe on the base's features. Once, for all models.
 
@@ -173,7 +173,7 @@ def fit_head(
         base_module: the host's module with the base in its body.
         samples: the most labelled samples that the probe is fitted on.
         seed: of the choice of samples and of the probe.
-        batch_size: samples a forward pass.
+        batch_size: samples a forward pass; by a budget when None.
 
     Raises:
         UsageError: a class to be scored has no labelled sample, or the fixed head is not as wide as the
