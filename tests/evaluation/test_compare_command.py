@@ -50,17 +50,18 @@ def test_the_table_shows_every_row_and_why_one_failed(cli, done, out):
 
 
 def test_json_is_one_document_with_all_records(cli, done, out):
-    ended = cli("compare", done / "recipe.yaml", "--out", out, "--json")
+    ended = cli("compare", done / "recipe.yaml", "--out", out, "--json", "--no-report", "--limit", "30")
     found = json.loads(ended.out)
+    command = f"adamerging compare {done / 'recipe.yaml'} --limit 30 --out {out}"
+    assert found["settings"]["command"] == command
     assert found["complete"] and found["planned"] == len(found["rows"]) == 9
     assert found["rows"][0]["scores"][0]["task"] == "films"
     assert ended.err == ""
 
 
 def test_csv_has_a_line_for_each_score(cli, done, out):
-    rows = list(
-        csv.DictReader(io.StringIO(cli("compare", done / "recipe.yaml", "--out", out, "--format", "csv").out))
-    )
+    ended = cli("compare", done / "recipe.yaml", "--out", out, "--no-report", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(ended.out)))
     assert [row["label"] for row in rows[:3]] == ["base"] * 3
     (failed,) = [row for row in rows if row["failed"]]
     assert failed["label"] == "slerp" and failed["accuracy"] == ""
@@ -71,7 +72,16 @@ def test_csv_has_a_line_for_each_score(cli, done, out):
 
 def test_methods_and_seeds_of_the_command_line_come_first(cli, done, out):
     ended = cli(
-        "compare", done / "recipe.yaml", "--out", out, "--methods", "mine,average", "--seeds", "0", "--json"
+        "compare",
+        done / "recipe.yaml",
+        "--out",
+        out,
+        "--methods",
+        "mine,average",
+        "--seeds",
+        "0",
+        "--json",
+        "--no-report",
     )
     rows = json.loads(ended.out)["rows"]
     assert [row["label"] for row in rows] == [
@@ -198,9 +208,9 @@ def test_an_empty_evaluation_set_is_refused(cli, models, tmp_path):
 def test_damaged_records_are_computed_again(cli, done, out):
     for path in [out / "comparison.json", *(out / "rows").iterdir()]:
         path.write_bytes(b'\xff{"label": 3')
-    ended = cli("compare", done / "recipe.yaml", "--out", out, "--json")
+    ended = cli("compare", done / "recipe.yaml", "--out", out, "--json", "--no-report")
     assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["complete"]
+    assert json.loads(ended.out)["complete"] and json.loads(ended.out)["report"] is None
 
 
 def test_odd_names_of_tasks_are_kept_and_files_are_safe(cli, models, tmp_path):
@@ -209,7 +219,9 @@ def test_odd_names_of_tasks_are_kept_and_files_are_safe(cli, models, tmp_path):
     text["experts"] = {odd: text["experts"]["films"], "books": text["experts"]["books"]}
     text["tasks"] = {odd: text["tasks"]["films"], "books": text["tasks"]["books"]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text, allow_unicode=True), encoding="utf-8")
-    ended = cli("compare", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--format", "markdown")
+    ended = cli(
+        "compare", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--format", "markdown", "--no-report"
+    )
     assert ended.code == 0, ended.err
     assert f"| {odd} |" in ended.out
     assert all(path.name.isascii() for path in (tmp_path / "out" / "rows").iterdir())
