@@ -32,7 +32,9 @@ from .settings import Unseen
 _DATA: Mapping[str, DataKind] = {
     "text": "text", "text_embedding": "text", "image": "image", "module": "array",
 }  # fmt: skip
-_FROM_HOST = ("adapt", "max_length", "tokenizer", "processor", "model", "forward", "feature_module")
+_FROM_HOST = (
+    "adapt", "max_length", "tokenizer", "processor", "model", "model_options", "forward", "feature_module",
+)  # fmt: skip
 """Keys of a task that have no use here: the model and its preparation are the host's."""
 
 
@@ -97,16 +99,27 @@ def _from_settings(
     name: str, raw: Mapping[str, Any], tasks: Sequence[Task], folder: Path | None
 ) -> UnseenData:
     where = f"unseen task '{name}'"
-    spec = make(UnseenSpec, raw, where)
+    spec = unseen_spec(name, raw)
     if any(task.name == name for task in tasks):
         raise UsageError(f"{where}: a task of the recipe has this name; leave_out is for such tasks")
-    useless = [key for key in _FROM_HOST if getattr(spec, key) is not None]
+    return _read(name, spec, _like(where, spec, tasks), folder)
+
+
+def unseen_spec(name: str, raw: Mapping[str, Any]) -> UnseenSpec:
+    """One entry of ``unseen.tasks``, checked without its data.
+
+    Raises:
+        UsageError: unknown keys, or keys that have no use here.
+    """
+    where = f"unseen task '{name}'"
+    spec = make(UnseenSpec, raw, where)
+    useless = [key for key in _FROM_HOST if getattr(spec, key) not in (None, {})]
     if useless:
         raise UsageError(
             f"{where} has no use for: {', '.join(useless)}. Its model and preparation are those of the "
             "task it is like; train and evaluate are its data"
         )
-    return _read(name, spec, _like(where, spec, tasks), folder)
+    return spec
 
 
 def held_out_data(task: Task, expert: Weights, base: Weights) -> UnseenData:

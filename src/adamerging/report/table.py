@@ -53,7 +53,7 @@ def cells_of(run: Run, condition: str | None = None) -> Cells:
     columns = ["model", "mean", "of experts", "95 %", *(["time"] if timed else [])]
     rows = [row if timed else [*row[:4], *row[5:]] for row in rows]
     columns += [*tasks, *(f"{name} (unseen)" for name in unseen)]
-    return Cells(columns, rows, [*_notes(lines), *_failures(run)], 5 if timed else 4)
+    return Cells(columns, rows, [*_notes(lines), *_groups(run), *_failures(run)], 5 if timed else 4)
 
 
 def rich_table(cells: Cells, width: int, title: str = "Accuracy, %") -> Group:
@@ -151,6 +151,15 @@ def _notes(lines: Iterable[Line]) -> list[str]:
     seeds = max((len(line.rows) for line in lines if line.merged), default=1)
     notes = [f"[{SIGNS[mark]}] {MARKS[mark]}" for mark in MARKS if mark in marks]
     return [*notes, *([f"± standard deviation over {seeds} seeds."] if seeds > 1 else [])]
+
+
+def _groups(run: Run) -> list[str]:
+    """That there are models of some of the experts, which the table does not show."""
+    count = len({row.group for row in run.rows if row.group is not None})
+    if not count:
+        return []
+    what = "1 split or subset" if count == 1 else f"{count} splits and subsets"
+    return [f"Models of {what} of the experts are in the report, in --format csv and in --json."]
 
 
 def _failures(run: Run) -> list[str]:
