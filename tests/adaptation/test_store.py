@@ -265,3 +265,18 @@ def test_what_was_seen_is_known_of_some_of_the_experts_too():
         after = VectorStore(vectors.like(["same", "one"]), workers).entries()
     assert before > 1 and [entry.name for entry in after] == [name]
     assert vectors.like(weights=0.5).weights == 0.5 and vectors.like().tasks == vectors.tasks
+
+
+def test_a_base_that_is_stored_channels_last_can_be_written_piece_by_piece():
+    torch.manual_seed(0)
+    base = {"conv.weight": torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)}
+    experts = {name: {"conv.weight": base["conv.weight"] + torch.randn(6, 4, 3, 3)} for name in "ab"}
+    prepared = prepare(base, experts, Settings())
+    assert not prepared.vectors.base.read("conv.weight").is_contiguous()
+    body = Body(prepared.vectors, torch.device("cpu"))
+    with Workers(1) as workers:
+        average_into(body, prepared.vectors, workers)
+    mean = (experts["a"]["conv.weight"] + experts["b"]["conv.weight"]) / 2
+    assert torch.allclose(body.tensors["conv.weight"], mean, atol=1e-6)
+    body.load_expert(prepared.vectors, "b")
+    assert torch.equal(body.tensors["conv.weight"], experts["b"]["conv.weight"])

@@ -313,7 +313,7 @@ class _Run:
         found = _geometry(bench.prepared)
         earlier = self.folder.find_slice() if bench.settings.why else None
         return Comparison(
-            title=f"{len(vectors.tasks)} experts of {Path(vectors.base.label).name or vectors.base.label}",
+            title=f"{len(vectors.tasks)} experts of {'/'.join(Path(vectors.base.label).parts[-2:])}",
             adamerging=__version__,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             complete=False,
@@ -343,7 +343,9 @@ class _Run:
             return None
         try:
             return slice_record(self.bench, found, self.say)
-        except AdamergingError as error:  # the rows are there all the same
+        except (InterruptedRun, KeyboardInterrupt):
+            raise
+        except Exception as error:  # the rows are there all the same
             self.say(f"no loss surface: {error}")
             return None
 
