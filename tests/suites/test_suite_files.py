@@ -8,6 +8,7 @@ import pytest
 
 from adamerging.adaptation.settings import resolve
 from adamerging.evaluation.settings import CompareSettings
+from adamerging.evaluation.unseen import unseen_spec
 from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe
 from adamerging.methods import methods
 from adamerging.recipe import Recipe, load_recipe, make
@@ -38,6 +39,8 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
         for task, expert in merge.experts.items():
             assert Path(expert.path) == Path(finetune.out) / task
     compare = make(CompareSettings, filled.compare["compare"], "compare")
+    for name, spec in compare.unseen.tasks.items() if compare.unseen is not None else ():
+        unseen_spec(name, spec)
     for item in compare.methods:
         label, entry = next(iter(item.items())) if isinstance(item, dict) else (item, None)
         if entry is not None and entry.adapt is not None:

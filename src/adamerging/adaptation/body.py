@@ -33,11 +33,11 @@ class Body:
         for name, entry in vectors.plan.entries.items():
             value = vectors.base.read(name)
             if value.is_floating_point():
-                self.tensors[name] = Parameter(
-                    value.to(device, vectors.dtype(entry), copy=True), requires_grad=False
-                )
+                value = value.to(device, vectors.dtype(entry), copy=True)
+                # Pieces are written into a flat view, which a file's channels-last tensors would not give.
+                self.tensors[name] = Parameter(value.contiguous(), requires_grad=False)
             else:
-                self.tensors[name] = value.to(device, copy=True)
+                self.tensors[name] = value.to(device, copy=True).contiguous()
 
     def attach(self, task: str, module: nn.Module) -> nn.Module:
         """Replace the body's tensors in a task's module by the shared ones; the rest stays its own.

@@ -51,8 +51,11 @@ class VectorStore:
     _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def entries(self) -> list[Entry]:
-        """The tensors that depend on coefficients: merged, and changed by some expert."""
-        unchanged = set(self.vectors.unchanged())
+        """The tensors that depend on coefficients: merged, and changed by some expert.
+
+        Before `scan` nobody knows which are unchanged: then all that are merged count.
+        """
+        unchanged = set(self.vectors.unchanged()) if self.vectors.scanned else set()
         return [entry for entry in self.vectors.entries() if entry.name not in unchanged]
 
     def scan(self) -> None:
@@ -64,6 +67,7 @@ class VectorStore:
             self.vectors.read(self._opened[entry.name], start, stop)
 
         list(self.workers.map(lambda job: look(*job), self._jobs(self.vectors.entries())))
+        self.vectors.scanned = True
         entries = self.entries()
         depth = len(self.vectors.tasks) * self.experts + max(
             (len(v) for v in self.cached.values()), default=0
