@@ -17,11 +17,11 @@ from adamerging.units import duration, size
 
 HEAD = """# Results
 
-Made from the records of comparisons by `python benchmarks/results.py`. Each section names the suite that makes
-its records: `adamerging suite NAME --data DATA`, see [Suites](suites.md). Accuracies are in percent on the whole
-test sets. *Of experts* is the mean over the tasks of accuracy divided by that of the task's own expert, with a
-bootstrap 95 % interval of the test data. Coefficients were learned on the unlabeled `val` part of each task,
-which shares no sample with `test`; nothing was chosen on test labels.
+Made from the records of comparisons by `python benchmarks/results.py`. Each section names the suite that
+makes its records: `adamerging suite NAME --data DATA`, see [Suites](suites.md). Accuracies are in percent on
+the whole test sets. *Of experts* is the mean over the tasks of accuracy divided by that of the task's own
+expert, with a bootstrap 95 % interval of the test data. Coefficients were learned on the unlabeled `val` part
+of each task, which shares no sample with `test`; nothing was chosen on test labels.
 """
 
 
