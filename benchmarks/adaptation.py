@@ -75,6 +75,7 @@ def make_task(kind: str, name: str, batch: int):
     import torch
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+    from adamerging.tasks.huggingface import classifier
     from adamerging.tasks.task import Samples, Task
 
     generator = torch.Generator().manual_seed(len(name))
@@ -86,7 +87,7 @@ def make_task(kind: str, name: str, batch: int):
         auto, key = AutoModelForImageClassification, "pixel_values"
     return Task(
         name,
-        skeleton=lambda expert, base: auto.from_pretrained(expert.folder, dtype=torch.float32).eval(),
+        skeleton=lambda expert, base: classifier(auto, expert, base),
         forward=lambda module, batch: module(**batch).logits,
         collate=lambda rows: {key: torch.stack(list(rows))},
         adapt=Samples(inputs, None, "random", f"random {name}"),

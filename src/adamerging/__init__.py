@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
     from .serving import MergedModel, export, load
-    from .tasks import Samples, Task, embedding_text_task, image_task, module_task, text_task
+    from .tasks import (
+        Samples,
+        Task,
+        embedding_text_task,
+        image_task,
+        module_task,
+        text_task,
+        zero_shot_image_task,
+    )
     from .weights import open_weights
 
 __version__ = "0.1.0"
@@ -56,6 +64,7 @@ _HOME = {
     "image_task": "tasks",
     "module_task": "tasks",
     "text_task": "tasks",
+    "zero_shot_image_task": "tasks",
     "open_weights": "weights",
 }
 
@@ -88,6 +97,7 @@ __all__ = [
     "module_task",
     "open_weights",
     "text_task",
+    "zero_shot_image_task",
 ]
 
 

@@ -31,3 +31,11 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, _KEPT)
     except (OSError, AttributeError, TypeError):
         return
+
+
+def give_back_freed_memory() -> None:
+    """Give back what is kept: after building many models of which little remains, most of it is holes."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return

@@ -281,7 +281,7 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
     """Take the data of the tasks, and coefficients to start from, from the recipe's folder where they are."""
     tasks, adapt = fields.get("tasks"), fields.get("adapt")
     for spec in tasks.values() if isinstance(tasks, dict) else ():
-        for key in ("adapt", "evaluate", "tokenizer", "processor", "head"):
+        for key in ("adapt", "evaluate", "tokenizer", "processor", "head", "prompts"):
             if isinstance(spec, dict) and isinstance(spec.get(key), str):
                 spec[key] = beside(recipe.parent, spec[key])
     compare = fields.get("compare")

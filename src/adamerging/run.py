@@ -28,6 +28,7 @@ from .recipe import Recipe, Settings
 from .relatedness import UNRELATED, Relatedness, relatedness
 from .stream import Pipeline, Workers
 from .task_vectors import TaskVectors
+from .tasks.task import Task
 from .validation import make
 from .vocabulary import Vocabulary, extra, settle
 from .weights import Fingerprint, Spec, Weights, open_weights, sha256_file
@@ -347,6 +348,24 @@ def write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
         if expert.folder is not None and (expert.folder / fixed).is_file():
             folder.copy(expert.folder / fixed, fixed)
             hashes[fixed] = sha256_file(folder.path / fixed)
+    return hashes
+
+
+def write_fixed_heads(prepared: Prepared, tasks: Iterable[Task], folder: OutputFolder) -> dict[str, str]:
+    """The heads that were made for tasks, not trained with their experts, where no expert brought one.
+
+    They go where a fixed head that an expert brings goes too: ``heads/<task>.safetensors``, one matrix
+    (classes, width), with the names of the classes. Returns sha256 by file name.
+    """
+    hashes = {}
+    for task in tasks:
+        name = f"heads/{task.name}.safetensors"
+        if task.fixed_head is None or (folder.path / name).exists():
+            continue
+        weight = task.fixed_head(prepared.vectors.experts[task.name], prepared.vectors.base)
+        about = {} if task.label_names is None else {"labels": json.dumps(list(task.label_names))}
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        hashes[name] = write_tensors(folder.path / name, {"weight": weight}, {"format": "pt", **about})
     return hashes
 
 

@@ -26,11 +26,14 @@ from .tasks.resolve import guess_kind
 from .tasks.spec import Kind
 from .tasks.task import Samples, Task
 from .tasks.text_classification import embedding_text_task, read_head, text_task
+from .tasks.zero_shot_image import zero_shot_image_task
 from .weights import Weights, open_weights
 
 Model = nn.Module | Callable[[], nn.Module]
 
-_DATA_KINDS: Mapping[str, DataKind] = {"image": "image", "module": "array"}
+_DATA_KINDS: Mapping[str, DataKind] = {
+    "image": "image", "image_zero_shot": "image", "module": "array",
+}  # fmt: skip
 _CONFIG_OF_PARTS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
@@ -172,7 +175,7 @@ class MergedModel:
         stated: Mapping[str, Any] = (self.record.get("tasks") or {}).get(task, {})
         kind = stated.get("kind") or self._kind(task, part)
         known = {"kind": kind, "max_length": stated.get("max_length")}
-        if kind == "text_embedding":
+        if kind in ("text_embedding", "image_zero_shot"):
             known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
         return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
@@ -200,6 +203,10 @@ class MergedModel:
             names = read_head(path)[1]
         elif kind == "image":
             task = image_task(name)
+        elif kind == "image_zero_shot":
+            path = self.folder / "heads" / f"{name}.safetensors"
+            task = zero_shot_image_task(name, head=path)
+            names = read_head(path)[1]
         else:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
         module = task.skeleton(part, self._body_of(name))
@@ -229,7 +236,8 @@ class MergedModel:
         if self._model is not None:
             return "module"
         if (self.folder / "heads" / f"{name}.safetensors").is_file():
-            return "text_embedding"
+            clip = (self._body.config or {}).get("model_type") == "clip"
+            return "image_zero_shot" if clip else "text_embedding"
         return "module" if self._body.config is None else guess_kind(name, part, self._body)
 
     def _factory(self, stated: Mapping[str, Any]) -> Model:

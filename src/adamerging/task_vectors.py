@@ -7,7 +7,7 @@ read from memory-mapped files (or computed from LoRA factors) when they are aske
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -54,6 +54,10 @@ class TaskVectors:
         chunk_values: values of one piece of a stack, all experts together.
         allow_nonfinite: merge NaN and infinity as they are instead of refusing them.
         on_read: told how many values of each task vector were read, for progress; called from any thread.
+
+    Attributes:
+        changed: for each expert the names of the tensors that it was seen to change.
+        scanned: every tensor was read, so that those in no `changed` are the base's in every expert.
     """
 
     plan: Plan
@@ -66,11 +70,29 @@ class TaskVectors:
     places: Mapping[str, Place] = field(init=False)
     tasks: tuple[str, ...] = field(init=False)
     changed: dict[str, set[str]] = field(init=False)
+    scanned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.tasks = tuple(self.experts)
         self.places = places(self.plan.entries)
         self.changed = {task: set() for task in self.tasks}
+
+    def like(self, experts: Sequence[str] | None = None, weights: Schedule | None = None) -> TaskVectors:
+        """The same opened weights with some of the experts or other weights; what was seen is kept.
+
+        Args:
+            experts: names of those that take part; all when None.
+            weights: weight by expert; the same when None.
+        """
+        names = self.tasks if experts is None else experts
+        made = replace(
+            self,
+            experts={name: self.experts[name] for name in names},
+            weights=self.weights if weights is None else weights,
+        )
+        made.changed = {name: self.changed[name] for name in names}
+        made.scanned = self.scanned
+        return made
 
     def entries(self) -> list[Entry]:
         """The entries that a method merges, in the base's order."""

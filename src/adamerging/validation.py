@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from .errors import UsageError
+from .errors import AdamergingError, UsageError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -25,6 +26,33 @@ def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
         raise UsageError(
             f"{where}:\n" + "\n".join(f"  - {_explain(model, item)}" for item in error.errors())
         ) from None
+
+
+class Problems:
+    """Gathers what is wrong here and there, so that all of it is said at once."""
+
+    def __init__(self) -> None:
+        self.found: list[AdamergingError] = []
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep the error that the block ends with, if any."""
+        try:
+            yield
+        except AdamergingError as error:
+            self.found.append(error)
+
+    def refuse(self, what: str) -> None:
+        """Raise what was gathered: one error as it is, several as one `UsageError`; nothing if there is none.
+
+        Args:
+            what: heading of several.
+        """
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            said = "\n".join("  - " + str(error).replace("\n", "\n    ") for error in self.found)
+            raise UsageError(f"{what}:\n{said}")
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:

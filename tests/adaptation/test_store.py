@@ -7,12 +7,14 @@ import torch
 
 from adamerging import UsageError
 from adamerging.adaptation.adapt import adapt
+from adamerging.adaptation.body import Body
 from adamerging.adaptation.coefficients import layout
+from adamerging.adaptation.scoring import average_into
 from adamerging.adaptation.session import open_session
 from adamerging.adaptation.store import VectorStore
 from adamerging.plan import make_plan
 from adamerging.recipe import Settings
-from adamerging.run import merge
+from adamerging.run import merge, prepare
 from adamerging.stream import Pipeline, Workers
 from adamerging.task_vectors import TaskVectors
 from adamerging.weights import Weights, open_weights
@@ -269,3 +271,49 @@ def test_experts_may_be_one_and_the_base_an_expert():
     for preset in ("paper", "recommended"):
         alone = adapt(base, one, tasks[:1], preset=preset, steps=3)
         assert alone.layout.rows[-1] == "task0"
+
+
+def test_the_average_is_right_before_anything_was_scanned():
+    base, experts = make_experts(3, batchnorm=False)
+    prepared = prepare(base, experts, Settings(heads=["head.*"]))
+    body = Body(prepared.vectors, torch.device("cpu"))
+    store = VectorStore(prepared.vectors, Workers(1))
+    everything = [entry.name for entry in store.entries()]
+    with Workers(1) as workers:
+        average_into(body, prepared.vectors, workers)
+    for name in everything:
+        stored = torch.stack([expert.get_parameter(name).detach() for expert in experts.values()])
+        assert torch.allclose(body.tensors[name].detach(), stored.mean(0), atol=1e-6)
+
+
+def test_what_was_seen_is_known_of_some_of_the_experts_too():
+    base, experts = make_experts(2, batchnorm=False)
+    name = next(name for name, _ in base.named_parameters() if not name.startswith("head"))
+    changed = copy.deepcopy(base)
+    with torch.no_grad():
+        changed.get_parameter(name).add_(1.0)
+    prepared = prepare(
+        base, {"same": copy.deepcopy(base), "one": changed, **experts}, Settings(heads=["head.*"])
+    )
+    vectors = prepared.vectors
+    with Workers(1) as workers:
+        before = len(VectorStore(vectors.like(["same", "one"]), workers).entries())
+        VectorStore(vectors, workers).scan()
+        after = VectorStore(vectors.like(["same", "one"]), workers).entries()
+    assert before > 1 and [entry.name for entry in after] == [name]
+    assert vectors.like(weights=0.5).weights == 0.5 and vectors.like().tasks == vectors.tasks
+
+
+def test_a_base_that_is_stored_channels_last_can_be_written_piece_by_piece():
+    torch.manual_seed(0)
+    base = {"conv.weight": torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)}
+    experts = {name: {"conv.weight": base["conv.weight"] + torch.randn(6, 4, 3, 3)} for name in "ab"}
+    prepared = prepare(base, experts, Settings())
+    assert not prepared.vectors.base.read("conv.weight").is_contiguous()
+    body = Body(prepared.vectors, torch.device("cpu"))
+    with Workers(1) as workers:
+        average_into(body, prepared.vectors, workers)
+    mean = (experts["a"]["conv.weight"] + experts["b"]["conv.weight"]) / 2
+    assert torch.allclose(body.tensors["conv.weight"], mean, atol=1e-6)
+    body.load_expert(prepared.vectors, "b")
+    assert torch.equal(body.tensors["conv.weight"], experts["b"]["conv.weight"])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
-import types
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,37 +272,25 @@ def test_an_unexpected_defect_of_one_method_is_a_row_too(
     assert [row.failed for row in found.rows] == [None] * 5 + ["ZeroDivisionError: by nothing"]
 
 
-def test_corrupted_data_is_scored_under_its_condition(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def shouted(samples):
-        return replace(
-            samples,
-            inputs=["word1 " + text for text in samples.inputs],
-            fingerprint=f"{samples.fingerprint}!",
-        )
-
-    def conditions(task, shift):
-        for severity in shift.severities:
-            yield f"typos:{severity}", shouted(task.evaluate)
-
-    def shifted_task(task, name, severity, *, seed):
-        return replace(task, adapt=shouted(task.adapt), evaluate=shouted(task.evaluate))
-
-    fake = types.ModuleType("adamerging.evaluation.shift")
-    fake.conditions, fake.shifted_task = conditions, shifted_task
-    monkeypatch.setitem(sys.modules, "adamerging.evaluation.shift", fake)
+def test_corrupted_data_is_scored_under_its_condition(models: Path, tmp_path: Path) -> None:
     recipe = save_recipe(tmp_path, models)
-    shift = {"severities": [1, 3], "tasks": ["films", "topics"], "apply": "both"}
-    found = am.compare(
-        recipe, out=tmp_path / "out", methods=["ties", {"learned": LEARN}], shift=shift, why=False
-    )
-    for row in found.rows:
-        seen = [(s.task, s.condition) for s in row.scores if s.condition != "clean"]
-        own = row.experts if row.kind == "expert" else list(CLASSES)
-        wanted = {(task, f"typos:{severity}") for task in own if task != "books" for severity in (1, 3)}
-        assert set(seen) == wanted and len(seen) == len(wanted), row.label
-        assert all(score.normalised is not None for score in row.scores)
+    shift = {"corruptions": ["casing"], "severities": [1, 3], "tasks": ["films", "topics"]}
+    found = {}
+    for apply in ("evaluate", "both"):
+        methods = ["ties", {"learned": LEARN}]
+        own = shift | {"apply": apply}
+        found[apply] = am.compare(recipe, out=tmp_path / apply, methods=methods, shift=own, why=False)
+        for row in found[apply].rows:
+            seen = [(s.task, s.condition) for s in row.scores if s.condition != "clean"]
+            own = row.experts if row.kind == "expert" else list(CLASSES)
+            wanted = {(task, f"casing:{level}") for task in own if task != "books" for level in (1, 3)}
+            assert set(seen) == wanted and len(seen) == len(wanted), row.label
+            assert all(score.normalised is not None for score in row.scores)
+    static, learned = ([rows_of(found[apply], label)[0] for apply in found] for label in ("ties", "learned"))
+    assert static[0].scores == static[1].scores
+    told = [{s.condition: s.nll for s in row.scores if s.task == "films"} for row in learned]
+    assert told[0]["clean"] == told[1]["clean"]
+    assert told[0]["casing:3"] != told[1]["casing:3"]  # learned anew on corrupted inputs
 
 
 def test_heads_and_body_are_shared_and_the_body_is_the_model_asked_for(models: Path, tmp_path: Path) -> None:

@@ -28,6 +28,15 @@ def test_every_row_comes_back(tmp_path: Path) -> None:
     assert load_run(tmp_path / "run" / "comparison.json").comparison == made
 
 
+def test_rows_come_in_the_runs_order_and_those_of_an_earlier_one_are_not_looked_at(tmp_path: Path) -> None:
+    made = few_rows().model_copy(update={"order": ["002", "000", "003"]})
+    folder = save_run(tmp_path / "run", made)
+    (folder / "rows" / "001.json").write_text("{")
+    found = load_run(folder)
+    assert [row.label for row in found.rows] == [made.rows[2].label, made.rows[0].label]
+    assert (found.problems, found.missing) == ((), 1)
+
+
 def test_rows_in_the_comparison_itself_are_not_doubled(tmp_path: Path) -> None:
     made = make_run(1)
     folder = save_run(tmp_path / "run", made)

@@ -8,6 +8,7 @@ import pytest
 
 from adamerging.adaptation.settings import resolve
 from adamerging.evaluation.settings import CompareSettings
+from adamerging.evaluation.unseen import unseen_spec
 from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe
 from adamerging.methods import methods
 from adamerging.recipe import Recipe, load_recipe, make
@@ -27,14 +28,19 @@ def test_there_are_the_suites_that_the_documentation_names() -> None:
 
 def test_every_section_is_valid(suite, tmp_path: Path) -> None:
     filled = fill(suite, data=tmp_path / "data", out=tmp_path / "out")
-    finetune = make(FinetuneRecipe, filled.finetune, "finetune")
-    assert list(finetune.tasks) == suite.data.tasks
-    assert Path(finetune.base).exists()
     merge = make(Recipe, filled.merge, "merge")
     assert list(merge.experts) == list(merge.tasks) == suite.data.tasks
-    for task, expert in merge.experts.items():
-        assert Path(expert.path) == Path(finetune.out) / task
+    if filled.finetune is None:
+        assert suite.hub
+    else:
+        finetune = make(FinetuneRecipe, filled.finetune, "finetune")
+        assert list(finetune.tasks) == suite.data.tasks
+        assert Path(finetune.base).exists()
+        for task, expert in merge.experts.items():
+            assert Path(expert.path) == Path(finetune.out) / task
     compare = make(CompareSettings, filled.compare["compare"], "compare")
+    for name, spec in compare.unseen.tasks.items() if compare.unseen is not None else ():
+        unseen_spec(name, spec)
     for item in compare.methods:
         label, entry = next(iter(item.items())) if isinstance(item, dict) else (item, None)
         if entry is not None and entry.adapt is not None:
@@ -47,6 +53,9 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
 
 def test_adaptation_and_evaluation_data_are_what_experts_never_trained_on(suite, tmp_path: Path) -> None:
     filled = fill(suite, data=tmp_path, out=tmp_path)
+    if filled.finetune is None:
+        assert filled.merge["transductive"]  # the paper's protocol, and the records say so
+        return
     for task, spec in filled.merge["tasks"].items():
         trained = filled.finetune["tasks"][task]
         assert len({trained["train"], spec["adapt"], spec["evaluate"]}) == 3
@@ -57,5 +66,8 @@ def test_the_written_recipes_load_as_they_are(suite, tmp_path: Path) -> None:
         tmp_path
     )
 
-    assert list(load_finetune_recipe(paths["finetune"]).tasks) == suite.data.tasks[:2]
+    if suite.finetune is None:
+        assert "finetune" not in paths
+    else:
+        assert list(load_finetune_recipe(paths["finetune"]).tasks) == suite.data.tasks[:2]
     assert list(load_recipe(paths["merge"]).experts) == suite.data.tasks[:2]

@@ -163,7 +163,7 @@ def run_adaptation(
             with folder:
                 folder.require(prepared.nbytes)
                 record["outputs"] = write_folder(
-                    folder, prepared, session.body.tensors, applied, session.where, state.history
+                    folder, prepared, session.body.tensors, applied, session.where, state.history, tasks
                 )
                 write_record(folder, record)
                 folder.commit()

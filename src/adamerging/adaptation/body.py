@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from ..allocator import give_back_freed_memory
 from ..errors import PlanError
 from ..plan import Plan
 from ..task_vectors import TaskVectors
@@ -32,11 +33,11 @@ class Body:
         for name, entry in vectors.plan.entries.items():
             value = vectors.base.read(name)
             if value.is_floating_point():
-                self.tensors[name] = Parameter(
-                    value.to(device, vectors.dtype(entry), copy=True), requires_grad=False
-                )
+                value = value.to(device, vectors.dtype(entry), copy=True)
+                # Pieces are written into a flat view, which a file's channels-last tensors would not give.
+                self.tensors[name] = Parameter(value.contiguous(), requires_grad=False)
             else:
-                self.tensors[name] = value.to(device, copy=True)
+                self.tensors[name] = value.to(device, copy=True).contiguous()
 
     def attach(self, task: str, module: nn.Module) -> nn.Module:
         """Replace the body's tensors in a task's module by the shared ones; the rest stays its own.
@@ -73,6 +74,8 @@ class Body:
             for leaf, tensor in list(part._buffers.items()):
                 if tensor is not None and id(tensor) in shared:
                     part._buffers[leaf] = shared[id(tensor)].detach()
+        del stored, tensor
+        give_back_freed_memory()  # the module's own body: as much as the model, of each task anew
         return module
 
     def train_only(self, names: set[str]) -> None:

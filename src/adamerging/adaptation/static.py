@@ -76,7 +76,7 @@ def merge_with_tasks(
         return MergeResult(prepared.plan, record, body=body.tensors)
     with folder:
         folder.require(prepared.nbytes)
-        record["outputs"] = write_model(folder, prepared, body.tensors)
+        record["outputs"] = write_model(folder, prepared, body.tensors, tasks)
         write_record(folder, record)
         folder.commit()
     return MergeResult(prepared.plan, record, out=folder.target)

@@ -9,6 +9,7 @@ merge, and nothing of the size of K models is ever held, unless a budget allows 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -50,8 +51,11 @@ class VectorStore:
     _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def entries(self) -> list[Entry]:
-        """The tensors that depend on coefficients: merged, and changed by some expert."""
-        unchanged = set(self.vectors.unchanged())
+        """The tensors that depend on coefficients: merged, and changed by some expert.
+
+        Before `scan` nobody knows which are unchanged: then all that are merged count.
+        """
+        unchanged = set(self.vectors.unchanged()) if self.vectors.scanned else set()
         return [entry for entry in self.vectors.entries() if entry.name not in unchanged]
 
     def scan(self) -> None:
@@ -63,6 +67,7 @@ class VectorStore:
             self.vectors.read(self._opened[entry.name], start, stop)
 
         list(self.workers.map(lambda job: look(*job), self._jobs(self.vectors.entries())))
+        self.vectors.scanned = True
         entries = self.entries()
         depth = len(self.vectors.tasks) * self.experts + max(
             (len(v) for v in self.cached.values()), default=0
@@ -112,7 +117,7 @@ class VectorStore:
                     merged.addcmul_(row.view(merged.shape), scale[:, None])
             target.copy_(merged.view(-1))
 
-        self._run(piece)
+        deque(self._run(piece), maxlen=0)
 
     def pull_back(self, gradients: Mapping[str, Tensor], where: Layout) -> Tensor:
         """Contract the gradients of the merged weights with the stack: ``(S, width)`` float64.
@@ -166,9 +171,10 @@ class VectorStore:
 
     def _run(
         self, piece: Callable[[Entry, int, int], T], gradients: Mapping[str, Tensor] | None = None
-    ) -> list[T]:
+    ) -> Iterator[T]:
+        """Results as they come: many small ones held would pin the memory that pieces are freed from."""
         entries = [entry for entry in self.entries() if gradients is None or entry.name in gradients]
-        return list(self.workers.map(lambda job: piece(*job), self._jobs(entries)))
+        return self.workers.map(lambda job: piece(*job), self._jobs(entries))
 
 
 def _range(where: Layout, entry: Entry, start: int, stop: int) -> slice:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..output.card import model_card
 from ..output.folder import RECORD, OutputFolder
 from ..output.tensors import TensorWriter, index_json
-from ..run import Prepared, write_companions, write_heads
+from ..run import Prepared, write_companions, write_fixed_heads, write_heads
+from ..tasks.task import Task
 from .coefficients import Layout, save_coefficients, table
 
 
@@ -26,6 +27,7 @@ def write_folder(
     values: Tensor,
     where: Layout,
     history: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Task] = (),
 ) -> dict[str, str]:
     """Write weights, heads, companions, coefficients and history; sha256 by file name.
 
@@ -36,15 +38,18 @@ def write_folder(
         values: ``(S, width)`` coefficients as applied.
         where: their layout.
         history: records of steps and checks.
+        tasks: whose fixed heads are written too.
     """
-    hashes = write_model(folder, prepared, body)
+    hashes = write_model(folder, prepared, body, tasks)
     save_coefficients(folder.path / "coefficients.safetensors", values.to(torch.float32), where)
     folder.write_text("coefficients.csv", as_csv(table(values, where)))
     folder.write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
     return hashes
 
 
-def write_model(folder: OutputFolder, prepared: Prepared, body: Mapping[str, Tensor]) -> dict[str, str]:
+def write_model(
+    folder: OutputFolder, prepared: Prepared, body: Mapping[str, Tensor], tasks: Sequence[Task] = ()
+) -> dict[str, str]:
     """Write weights, heads and companions; sha256 by file name. Arguments as of `write_folder`."""
     metadata = {"format": "pt", **prepared.vectors.base.metadata, **prepared.plan.aliases}
     hashes: dict[str, str] = {}
@@ -58,6 +63,7 @@ def write_model(folder: OutputFolder, prepared: Prepared, body: Mapping[str, Ten
         names = {file: list(specs) for file, specs in prepared.files.items()}
         folder.write_text("model.safetensors.index.json", index_json(names, total))
     hashes |= write_heads(prepared, folder)
+    hashes |= write_fixed_heads(prepared, tasks, folder)
     write_companions(prepared, folder)
     return hashes
 

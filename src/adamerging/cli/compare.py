@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -66,6 +67,9 @@ def compare(
     form: Annotated[
         Format, typer.Option("--format", help="How to print: a table, one CSV line a score, Markdown, LaTeX.")
     ] = Format.table,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Write the records alone, and no report.html beside them.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
     ] = False,
@@ -84,9 +88,37 @@ def compare(
     from ..evaluation.compare import compare as run
 
     folder = out if out is not None else Path("runs") / recipe.stem
+    given = {"--methods": ",".join(names_of(methods)), "--seeds": seeds, "--limit": limit}
     with progress() as say:
-        found = run(loaded, out=folder, say=say, **changes)
-    _print(found, folder, form, as_json)
+        found = run(loaded, out=folder, say=say, command=command_of(recipe, folder, given), **changes)
+        page = None if no_report else _page(folder, say)
+    _print(found, folder, page, form, as_json)
+
+
+def command_of(recipe: Path, out: Path, given: Mapping[str, Any]) -> str:
+    """What to type to run the comparison again.
+
+    Args:
+        recipe: its recipe.
+        out: folder of the records.
+        given: other options by name; those that are empty were not given.
+    """
+    words = ["adamerging", "compare", str(recipe)]
+    for option, value in given.items():
+        words += [option, str(value)] if value else []
+    return shlex.join([*words, "--out", str(out)])
+
+
+def _page(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The report of the records; None without the drawing library."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        return None
+    from ..report.write import write_report
+
+    say("drawing the report")
+    return write_report(folder).out
 
 
 def names_of(arguments: list[str] | None) -> list[str]:
@@ -132,16 +164,20 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(text)
 
 
-def _print(found: Comparison, folder: Path, form: Format, as_json: bool) -> None:
+def _print(found: Comparison, folder: Path, page: Path | None, form: Format, as_json: bool) -> None:
     from ..report.load import Run, shown
 
     if as_json:
-        show.print_json({**found.model_dump(mode="json"), "out": shown(folder)})
+        where = {"out": shown(folder), "report": None if page is None else shown(page)}
+        show.print_json({**found.model_dump(mode="json"), **where})
         return
     print_run(Run(found), form)
     if form is not Format.table:
         return
-    show.note(f"the records are in {shown(folder)}; adamerging report {shown(folder)} makes a page of them")
+    said = f"adamerging report {shown(folder)} makes a page of them"
+    if page is not None:
+        said = f"the report is {shown(page)}"
+    show.note(f"the records are in {shown(folder)}; {said}")
 
 
 def print_run(run: Any, form: Format) -> None:

@@ -14,7 +14,7 @@ from .failing import guard
 
 if TYPE_CHECKING:
     from ..finetuning.run import Outcome
-    from ..suites.files import Filled
+    from ..suites.files import Filled, Suite
 
 
 class Stage(str, Enum):
@@ -42,6 +42,12 @@ def suite(
         typer.Option("--stage", help="finetune the experts, merge them, compare the methods, or all three."),
     ] = Stage.all,
     tasks: finetuning.Tasks = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=TEXT", help="Another text for a placeholder of the suite's own, as base."
+        ),
+    ] = None,
     multitask: Annotated[
         bool,
         typer.Option("--multitask", help="Also train one model on all tasks jointly."),
@@ -60,24 +66,29 @@ def suite(
 
     Example: adamerging suite text8 --data data/
     """
-    from ..errors import UsageError
     from ..suites import files
-    from ..suites.data import ensure
 
     if name is None:
         _list(files, as_json)
         return
     loaded = files.load_suite(name)
-    if data is None:
-        raise UsageError(f"give the folder of the data sets, --data FOLDER; {name} needs {_needs(loaded)}")
+    _check_data(loaded, data)
     folder = out or Path("runs") / name
-    filled = files.fill(loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask)
-    ensure(data, filled.folders, show.note)
+    filled = files.fill(
+        loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask,
+        values=_values(values or []),
+    )  # fmt: skip
+    _ensure(loaded, filled, data)
     found: dict[str, Any] = {"suite": name, "out": str(folder), "dry_run": dry_run}
     if not dry_run:
         found["recipes"] = {key: str(path) for key, path in filled.write(folder).items()}
     stages = [Stage.finetune, Stage.merge, Stage.compare] if stage is Stage.all else [stage]
-    if Stage.finetune in stages or dry_run:
+    if filled.finetune is None:
+        given = filled.merge["experts"]
+        found["experts"] = [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
+        if Stage.finetune in stages or dry_run:
+            show.note(f"{name}: nothing to train, its experts are there: {', '.join(given)}")
+    elif Stage.finetune in stages or dry_run:
         outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
         found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
         if not as_json:
@@ -91,6 +102,44 @@ def suite(
         show.print_json(found)
 
 
+def _check_data(loaded: Suite, data: Path | None) -> None:
+    """Refuse a suite without its data, and data for a suite that has none."""
+    from ..errors import UsageError
+
+    seen, title = loaded.data.seen, loaded.title
+    tasks = [] if seen is None else [seen.replace("${task}", task) for task in loaded.data.tasks]
+    needed = [*tasks, *loaded.data.unseen]
+    if data is None and needed:
+        raise UsageError(
+            f"give the folder of the data sets, --data FOLDER; {title} needs {', '.join(needed)}"
+        )
+    if data is not None and not needed:
+        raise UsageError(
+            f"{title} takes its data from the hub, so --data is of no use; give copies with --set images=..."
+        )
+
+
+def _ensure(loaded: Suite, filled: Filled, data: Path | None) -> None:
+    """See that what the suite takes from a folder or from the hub is there."""
+    from ..suites.data import ensure
+    from ..suites.hub import ensure_weights
+
+    if data is not None:
+        ensure(data, filled.folders, show.note)
+    if loaded.hub:
+        ensure_weights(loaded, filled)
+
+
+def _values(given: Sequence[str]) -> dict[str, str]:
+    """``NAME=TEXT`` → text by name."""
+    from ..errors import UsageError
+
+    wrong = [each for each in given if not each.partition("=")[0] or "=" not in each]
+    if wrong:
+        raise UsageError(f"--set takes NAME=TEXT, got {', '.join(map(repr, wrong))}")
+    return {each.partition("=")[0]: each.partition("=")[2] for each in given}
+
+
 def _list(files: Any, as_json: bool) -> None:
     suites = [files.load_suite(name) for name in files.names()]
     if as_json:
@@ -100,17 +149,13 @@ def _list(files: Any, as_json: bool) -> None:
     show.console().print(show.table("Suites", ["name", "what it is"], rows))
 
 
-def _needs(loaded: Any) -> str:
-    tasks = [loaded.data.seen.replace("${task}", task) for task in loaded.data.tasks]
-    return ", ".join(tasks + loaded.data.unseen)
-
-
 def _finetune(
     filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool
 ) -> list[Outcome]:
     from ..finetuning.settings import FinetuneRecipe
     from ..validation import make
 
+    assert filled.finetune is not None
     changes = flags.given(jobs=jobs, threads=threads, overwrite=overwrite or None)
     recipe = make(FinetuneRecipe, {**filled.finetune, **changes}, f"suite {filled.suite.title}")
     return finetuning.run(recipe, dry_run=dry_run)

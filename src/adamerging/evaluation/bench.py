@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .intervals import accuracy_interval
 from .metrics import metrics
 from .records import CLEAN, ScoreRecord
 from .settings import CompareSettings
+from .shift import conditions
 
 KEPT = 512 << 20
 """Bytes of ready inputs that are kept from one model to the next, of all tasks together."""
@@ -51,7 +51,7 @@ class Seat:
         task: as it is scored, its evaluation data cut to the limit.
         module: the model.
         head: fingerprint of what is its own.
-        unseen: no expert behind the models has seen it.
+        unseen: it is scored as one that no expert behind the models has seen.
     """
 
     task: Task
@@ -62,6 +62,11 @@ class Seat:
 
 class Bench:
     """Opened weights, one working body, and the tasks attached to it.
+
+    Attributes:
+        seats: the experts' tasks by name, each with its own module over the body.
+        outside: tasks that are scored without their expert by name (see `outsiders`), each with the module
+            of another task and a head of its own; a task that is left out of a group is in both.
 
     Args:
         prepared: base, experts and plan, opened once for all rows.
@@ -89,27 +94,20 @@ class Bench:
         self.hashes = hash_files([vectors.base, *vectors.experts.values()], workers)
         self.body = Body(vectors, self.device)
         self.seats: dict[str, Seat] = {}
-        self._feeds: dict[tuple[str, str], Feed] = {}
+        self.outside: dict[str, Seat] = {}
+        self._feeds: dict[tuple[str, str, bool], Feed] = {}
+        self._known: dict[tuple[Any, ...], Result] = {}
         for task in tasks:
-            self.attach(task, task.name)
-        self._room = KEPT // max(1, len(tasks))
+            self._attach(task)
 
-    def attach(self, task: Task, like: str, *, unseen: bool = False) -> Seat:
-        """Build a task's module over the working body.
-
-        Args:
-            task: a task of an expert, or one without (its skeleton then is that of an expert's model).
-            like: the expert whose tensor names the module has.
-            unseen: no expert has seen the task.
-        """
+    def _attach(self, task: Task) -> None:
+        """Build a task's module over the working body."""
         vectors = self.prepared.vectors
-        expert = vectors.experts[like]
-        module = self.body.attach(like, task.skeleton(expert, vectors.base))
+        expert = vectors.experts[task.name]
+        module = self.body.attach(task.name, task.skeleton(expert, vectors.base))
         head = own_fingerprint(module, self.body.tensors.values(), expert)
         evaluate = task.evaluate and first(task.evaluate, self.settings.limit)
-        seat = Seat(replace(task, evaluate=evaluate), module, head, unseen)
-        self.seats[task.name] = seat
-        return seat
+        self.seats[task.name] = Seat(replace(task, evaluate=evaluate), module, head)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -127,26 +125,17 @@ class Bench:
         """What identifies weights and data, for the rows' keys."""
         vectors = self.prepared.vectors
         weights = [content_of(item, self.hashes) for item in (vectors.base, *vectors.experts.values())]
-        data = [
-            [
-                name,
-                seat.head,
-                *(
-                    content_of_task(seat.task, samples) if samples is not None else None
-                    for samples in (seat.task.adapt, seat.task.evaluate)
-                ),
-            ]
-            for name, seat in self.seats.items()
-        ]
-        return [list(vectors.tasks), weights, data]
+        return [list(vectors.tasks), weights, [_content(name, seat) for name, seat in self.seats.items()]]
+
+    @cached_property
+    def content_outside(self) -> dict[str, Any]:
+        """What identifies the tasks outside and their heads, by name, for the rows' keys."""
+        return {name: _content(name, seat) for name, seat in self.outside.items()}
 
     def restricted(self, experts: Sequence[str]) -> Prepared:
         """The same merge of some of the experts: nothing is opened again."""
-        vectors = self.prepared.vectors
-        some = replace(vectors, experts={name: vectors.experts[name] for name in experts})
-        some.changed = {name: vectors.changed[name] for name in experts}
         related = {name: self.prepared.relatedness[name] for name in experts}
-        return replace(self.prepared, vectors=some, relatedness=related)
+        return replace(self.prepared, vectors=self.prepared.vectors.like(experts), relatedness=related)
 
     def fingerprint(self) -> str:
         """Of the body as it is now."""
@@ -161,8 +150,7 @@ class Bench:
         shift, task = self.settings.shift, self.seats[name].task
         if shift is None or task.evaluate is None or (shift.tasks is not None and name not in shift.tasks):
             return
-        make: Callable[..., Iterator[tuple[str, Samples]]] = import_module(".shift", __package__).conditions
-        yield from make(task, shift)
+        yield from conditions(task, shift)
 
     def score(
         self,
@@ -172,6 +160,7 @@ class Bench:
         condition: str = CLEAN,
         *,
         under: str | None = None,
+        unseen: bool = False,
         logits: bool = False,
     ) -> Scored:
         """Score the body as it is now on one task.
@@ -182,42 +171,48 @@ class Bench:
             samples: its evaluation data when None.
             condition: what they are.
             under: the task whose module answers; the task's own when None.
+            unseen: the task counts as one that no expert saw, under the head that it has outside.
             logits: they are wanted, not only what is computed from them.
 
         Raises:
             UsageError: no labels.
             NonFiniteError: NaN or infinity among the logits.
         """
-        seat = self.seats[under or name]
+        seats = self.outside if unseen else self.seats
+        seat = seats[under or name]
         own = samples is None
-        samples = self.seats[name].task.evaluate if samples is None else samples
+        samples = seats[name].task.evaluate if samples is None else samples
         if samples is None or samples.labels is None:
             raise UsageError(f"task '{name}' has no labelled data to score on; give evaluate")
+        # The code of a module task has no fingerprint; within one run it is the same.
+        known = (model, seat.head, seat.task.name, samples.fingerprint)
         key = result_key(model, seat.head, seat.task, samples)
-        result = find(key, len(samples), logits=logits)
+        result = find(key, len(samples), logits=logits) or (None if logits else self._known.get(known))
         if result is None:
             feed = self._feed(seat, name, samples, own)
             found = logits_from(seat.module, seat.task, feed, self.device)
             numbers = metrics(found, torch.tensor([int(label) for label in samples.labels]))
             result = Result(numbers, found.argmax(-1), found if logits else None)
             keep(key, result)
-        return Scored(self._record(name, condition, result), result)
+            self._known[known] = replace(result, logits=None)
+        return Scored(self._record(name, condition, result, unseen), result)
 
     def _feed(self, seat: Seat, name: str, samples: Samples, own: bool) -> Feed:
         if not own:
             return Feed(seat.task, samples)
-        names = (seat.task.name, name)
+        names = (seat.task.name, name, seat.unseen)
         if names not in self._feeds:
-            self._feeds[names] = Feed(seat.task, samples, keep=self._room if seat.task.name == name else 0)
+            room = KEPT // (len(self.seats) + len(self.outside)) if seat.task.name == name else 0
+            self._feeds[names] = Feed(seat.task, samples, keep=room)
         return self._feeds[names]
 
-    def _record(self, name: str, condition: str, result: Result) -> ScoreRecord:
+    def _record(self, name: str, condition: str, result: Result, unseen: bool) -> ScoreRecord:
         found = result.metrics
         low, high = accuracy_interval(found.correct, found.samples, self.settings.bootstrap)
         return ScoreRecord(
             task=name,
             condition=condition,
-            unseen=self.seats[name].unseen,
+            unseen=unseen,
             samples=found.samples,
             accuracy=found.accuracy,
             accuracy_low=low,
@@ -237,7 +232,7 @@ class Bench:
         """
         plan = self.prepared.plan
         for name in self.scored_tasks():
-            if name == expert or self.seats[name].unseen:
+            if name == expert:
                 continue
             kinds = [self.seats[task].task.settings.get("kind") for task in (expert, name)]
             if kinds[0] != kinds[1]:
@@ -278,16 +273,35 @@ def _classes(seat: Seat) -> list[str] | None:
     return None if names is None else [" ".join(name.casefold().split()) for name in names]
 
 
-def normalised(records: Sequence[ScoreRecord], experts: Mapping[tuple[str, str], float]) -> list[ScoreRecord]:
-    """The records with their accuracy over that of the task's expert under the same condition.
+Reference = tuple[str, str, bool]
+"""Task, condition, and whether it is scored as unseen."""
+
+
+def reference_of(record: ScoreRecord) -> Reference:
+    """What a score is measured by."""
+    return record.task, record.condition, record.unseen
+
+
+def normalised(records: Sequence[ScoreRecord], references: Mapping[Reference, float]) -> list[ScoreRecord]:
+    """The records with their accuracy over that of the reference.
 
     Args:
         records: of one model.
-        experts: accuracy by task and condition.
+        references: accuracy of each task's expert, or of the base where the task is unseen.
     """
     found = []
     for record in records:
-        expert = experts.get((record.task, record.condition), 0.0)
-        share = record.accuracy / expert if expert and not record.unseen else None
+        reference = references.get(reference_of(record), 0.0)
+        share = record.accuracy / reference if reference else None
         found.append(record.model_copy(update={"normalised": share}))
     return found
+
+
+def _content(name: str, seat: Seat) -> list[Any]:
+    """What identifies a task's head and data."""
+    own = (seat.task.adapt, seat.task.evaluate)
+    return [
+        name,
+        seat.head,
+        *(content_of_task(seat.task, part) if part is not None else None for part in own),
+    ]

@@ -50,7 +50,8 @@ def result_key(model: str, head: str, task: Task, samples: Samples) -> str | Non
         task: its settings, and what its `collate` makes of the first samples, belong to the key.
         samples: their fingerprint belongs to it.
     """
-    if task.settings.get("kind", "module") == "module":
+    kind = task.settings.get("kind", "module")
+    if (task.settings["of"] if kind == "unseen" else kind) == "module":
         return None
     return key("score", VERSION, model, head, content_of_task(task, samples))
 

@@ -22,17 +22,20 @@ from ..run import Prepared, prepare
 from ..stream import Workers
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
-from ..validation import make
-from .bench import Bench, class_names_of, normalised
+from ..validation import Problems, make
+from .bench import Bench, Reference, Seat, class_names_of, normalised, reference_of
 from .choosing import choose
 from .entries import wanted
 from .explaining import explain, explains
 from .making import Made, Maker
+from .outsiders import Outsiders, plan_outsiders, seat_outsiders
 from .planning import Planned, plan_rows, scoring_of
-from .records import Comparison, Row, ScoreRecord, TaskRecord
+from .records import CLEAN, Comparison, Row, ScoreRecord, TaskRecord
 from .settings import CompareSettings
+from .shift import check_shift
 from .shifted import adapted_anew
-from .store import RunFolder
+from .slicing import check_slice, slice_record, still_true
+from .store import RunFolder, row_name
 from .usage import PeakMemory
 
 Say = Callable[[str], None]
@@ -45,6 +48,7 @@ def compare(
     out: str | Path,
     say: Say = lambda _: None,
     on_row: OnRow = lambda _: None,
+    command: str | None = None,
     **settings: Any,
 ) -> Comparison:
     """Compare merged models with their base, their experts and the simple average.
@@ -57,10 +61,12 @@ def compare(
         out: folder of the records.
         say: told what takes time.
         on_row: told of every row as it is done.
+        command: what a reader may type to run this again, for the record.
         settings: fields of `CompareSettings` that replace the recipe's: methods, seeds, limit, ...
 
     Raises:
-        UsageError: nothing to score on, unknown methods, settings or data that cannot be right.
+        UsageError: nothing to score on, unknown methods, settings or data that cannot be right; before
+            anything is computed.
         WeightsError: base or an expert cannot be opened.
         PlanError: they do not belong together.
         OutputError: the folder cannot be written, or another run is at work in it.
@@ -75,16 +81,35 @@ def compare(
         raise UsageError(
             "there is nothing to score on: give labelled data under tasks, NAME: {evaluate: FILE}"
         )
-    folder = RunFolder(out)
     prepared = open_recipe(recipe)
     vectors = prepared.vectors
     tasks = make_tasks(recipe.tasks, vectors.experts, vectors.base, transductive=recipe.transductive)
+    tasks = in_order(tasks, vectors.tasks)
+    outsiders = _checked(chosen, tasks, prepared)
+    folder = RunFolder(out)
     device = recipe.adapt.device if recipe.adapt is not None else "cpu"
     with folder.locked(), Workers(prepared.settings.threads) as workers:
         say("opening the models")
-        bench = Bench(prepared, in_order(tasks, vectors.tasks), chosen, workers, device)
-        planned = plan_rows(vectors.tasks, bench.scored_tasks(), asked, chosen.seeds)
-        return _Run(recipe, bench, folder, planned, say, on_row).run()
+        bench = Bench(prepared, tasks, chosen, workers, device)
+        seat_outsiders(bench, outsiders, say)
+        planned = plan_rows(
+            vectors.tasks, bench.scored_tasks(), asked, chosen.seeds, list(outsiders.tasks), outsiders.groups
+        )
+        return _Run(recipe, bench, folder, planned, say, on_row, command).run()
+
+
+def _checked(settings: CompareSettings, tasks: Sequence[Task], prepared: Prepared) -> Outsiders:
+    """Refuse what makes no sense for these tasks, all of it at once, before anything is computed."""
+    problems, outsiders = Problems(), Outsiders()
+    with problems.gathered():
+        if settings.shift is not None:
+            check_shift(settings.shift, tasks)
+    with problems.gathered():
+        outsiders = plan_outsiders(settings.unseen, tasks, prepared)
+    with problems.gathered():
+        check_slice(settings, tasks)
+    problems.refuse("compare")
+    return outsiders
 
 
 def open_recipe(recipe: Recipe) -> Prepared:
@@ -118,23 +143,27 @@ class _Run:
         planned: Sequence[Planned],
         say: Say,
         on_row: OnRow,
+        command: str | None,
     ) -> None:
+        self.command = command
         self.recipe, self.bench, self.folder, self.planned = recipe, bench, folder, planned
         self.say, self.on_row = say, on_row
-        self.experts: dict[tuple[str, str], float] = {}
+        self.references: dict[Reference, float] = {}
         self.expert_logits: dict[str, Tensor] = {}
         self.rows: dict[str, Row] = {}
 
     def run(self) -> Comparison:
         record = self._record()
         self.folder.write_run(record)
-        # Experts come first: the others are measured by them.
-        order = sorted(self.planned, key=lambda planned: planned.kind != "expert")
+        # Experts and base come first: the others are measured by them.
+        first = {"expert": 0, "base": 1}
+        order = sorted(self.planned, key=lambda row: first.get(row.kind, 2) if row.group is None else 3)
         try:
             for number, planned in enumerate(order, 1):
-                if planned.kind != "expert" and order[number - 2].kind == "expert":
-                    self._measure_experts()
                 self._row(planned, f"{number}/{len(order)}")
+                if planned.kind == "base" and planned.group is None:
+                    self._measure_references()
+            record = record.model_copy(update={"slice": record.slice or self._slice(record.geometry)})
         except (KeyboardInterrupt, InterruptedRun):
             raise InterruptedRun(
                 f"stopped; {len(self.rows)} of {len(self.planned)} rows are in {self.folder.path}, and the "
@@ -153,16 +182,21 @@ class _Run:
             self.say(f"{number} {planned.label}{about}")
             row = self._computed(planned, key)
             self.folder.write_row(name, row)
-        if planned.kind == "expert" and planned.group is None:
-            own = [score for score in row.scores if [score.task] == row.experts]
-            self.experts |= {(score.task, score.condition): score.accuracy for score in own}
+        self._refer(planned, row.scores)
         self.rows[name] = row
         self.on_row(row)
 
-    def _measure_experts(self) -> None:
-        """Divide what experts reach on others' tasks by what those reach: known once all were scored."""
+    def _refer(self, planned: Planned, scores: Sequence[ScoreRecord]) -> None:
+        """Keep what others are measured by: experts on their own tasks, the base on unseen ones."""
+        for score in scores:
+            own = planned.kind == "expert" and score.task in planned.experts and not score.unseen
+            if own or (planned.kind == "base" and score.unseen):
+                self.references[reference_of(score)] = score.accuracy
+
+    def _measure_references(self) -> None:
+        """Measure the references by each other, which takes all of them."""
         for name, row in self.rows.items():
-            scores = normalised(row.scores, self.experts)
+            scores = normalised(row.scores, self.references)
             if scores != row.scores:
                 self.rows[name] = row.model_copy(update={"scores": scores})
                 self.folder.write_row(name, self.rows[name])
@@ -172,10 +206,15 @@ class _Run:
             label=planned.label, kind=planned.kind, seed=planned.seed, group=planned.group,
             experts=list(planned.experts), key=key,
         )  # fmt: skip
+        whole = self._whole(planned)
+        if whole is not None:
+            own = {(name, False) for name in planned.tasks}
+            scores = [s for s in whole.scores if s.condition == CLEAN and (s.task, s.unseen) in own]
+            return whole.model_copy(update={"group": planned.group, "key": key, "scores": scores, "why": {}})
         state = self.folder.state(content_key(key))
         maker = Maker(self.bench, planned.experts, say=self.say)
         try:
-            if planned.kind not in ("base", "expert") and explains(self.bench.settings):
+            if planned.kind not in ("base", "expert") and self._explains(planned):
                 self._ask_experts(planned.tasks)
             with PeakMemory() as memory:
                 made, update = self._made(planned, maker, state)
@@ -202,6 +241,17 @@ class _Run:
             }
         )
 
+    def _explains(self, planned: Planned) -> bool:
+        """Whether a row is explained: those of all experts are."""
+        return planned.group is None and explains(self.bench.settings)
+
+    def _whole(self, planned: Planned) -> Row | None:
+        """The row of all experts that a group's row would only repeat."""
+        if planned.group is None or set(planned.experts) != set(self.bench.prepared.vectors.tasks):
+            return None
+        row = self.rows.get(row_name(planned.label, None, planned.seed))
+        return row if row is not None and row.failed is None and planned.kind != "base" else None
+
     def _made(self, planned: Planned, maker: Maker, state: Path) -> tuple[Made, dict[str, Any]]:
         """The body made that model, and what the row says of how it was chosen."""
         if planned.kind == "base":
@@ -216,19 +266,19 @@ class _Run:
     def _scored(self, planned: Planned, made: Made, maker: Maker, row: Row) -> dict[str, Any]:
         """Scores under every condition, and what explains them."""
         bench, whole = self.bench, self.bench.fingerprint()
-        wants = explains(bench.settings) and planned.kind != "expert"
-        keep_logits = wants or (planned.kind == "expert" and explains(bench.settings))
+        keep_logits = self._explains(planned)
+        wants = keep_logits and planned.kind != "expert"
         records: list[ScoreRecord] = []
         logits: dict[str, Tensor] = {}
         own = planned.experts if planned.kind == "expert" else planned.tasks
-        anew = adapted_anew(bench.settings, made)
+        anew = adapted_anew(bench.settings, made) if planned.group is None else None
         for task in own:
             model = made.model_for(task, bench, whole)
             scored = bench.score(model, task, logits=keep_logits)
             records.append(scored.record)
             if scored.result.logits is not None:
                 logits[task] = scored.result.logits
-            if not anew:
+            if not anew and planned.group is None:
                 for condition, samples in bench.conditions(task):
                     records.append(bench.score(model, task, samples, condition).record)
         if planned.kind == "expert":
@@ -236,11 +286,13 @@ class _Run:
             self.expert_logits |= logits
             for task, under in bench.answers(name):
                 records.append(bench.score(whole, task, under=under).record)
-            self.experts |= {(r.task, r.condition): r.accuracy for r in records if r.task == name}
+        if made.own is None:  # a model for each task by its mask has none for a task without
+            records += [bench.score(whole, task, unseen=True).record for task in planned.unseen]
+        self._refer(planned, records)
         if anew and planned.wanted is not None:
             records += anew(planned, maker, row)
         why = explain(bench, logits, self.expert_logits) if wants else {}
-        return {"scores": normalised(records, self.experts), "fingerprint": whole, "why": why}
+        return {"scores": normalised(records, self.references), "fingerprint": whole, "why": why}
 
     def _ask_experts(self, tasks: Sequence[str]) -> None:
         """The experts' own logits, to see where a merged model differs; from the cache where they are."""
@@ -256,8 +308,14 @@ class _Run:
         bench, recipe = self.bench, self.recipe
         vectors = bench.prepared.vectors
         common = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "overwrite"})
+        unseen = bench.settings.unseen
+        settings: dict[str, Any] = {"command": self.command} if self.command is not None else {}
+        settings |= {"recipe": common, "seeds": bench.settings.seeds, **scoring_of(bench.settings)}
+        settings |= {"unseen": unseen.model_dump(exclude_defaults=True) if unseen is not None else None}
+        found = _geometry(bench.prepared)
+        earlier = self.folder.find_slice() if bench.settings.why else None
         return Comparison(
-            title=f"{len(vectors.tasks)} experts of {Path(vectors.base.label).name or vectors.base.label}",
+            title=f"{len(vectors.tasks)} experts of {'/'.join(Path(vectors.base.label).parts[-2:])}",
             adamerging=__version__,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             complete=False,
@@ -265,28 +323,44 @@ class _Run:
             order=[planned.name for planned in self.planned],
             base=vectors.base.label,
             experts={name: weights.label for name, weights in vectors.experts.items()},
-            tasks=[_task_record(bench, name) for name in bench.seats],
-            settings={"recipe": common, "seeds": bench.settings.seeds, **scoring_of(bench.settings)},
+            tasks=[
+                _task_record(seat)
+                for seat in (*bench.seats.values(), *bench.outside.values())
+                if not seat.unseen or seat.task.name not in bench.seats
+            ],
+            settings=settings,
             versions={
                 "adamerging": __version__,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            geometry=_geometry(bench.prepared),
+            geometry=found,
+            slice=earlier if still_true(bench, found, earlier) else None,
         )
 
+    def _slice(self, found: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The surface over two coefficients."""
+        if not self.bench.settings.why or found is None:
+            return None
+        try:
+            return slice_record(self.bench, found, self.say)
+        except (InterruptedRun, KeyboardInterrupt):
+            raise
+        except Exception as error:  # the rows are there all the same
+            self.say(f"no loss surface: {error}")
+            return None
 
-def _task_record(bench: Bench, name: str) -> TaskRecord:
-    seat = bench.seats[name]
+
+def _task_record(seat: Seat) -> TaskRecord:
     task = seat.task
     names = class_names_of(seat)
     classes = (
         len(names) if names is not None else getattr(getattr(seat.module, "config", None), "num_labels", None)
     )
     return TaskRecord(
-        name=name,
-        kind=task.settings.get("kind"),
+        name=task.name,
+        kind=task.settings.get("of") or task.settings.get("kind"),
         classes=classes,
         label_names=names or [],
         adapt=task.adapt.source if task.adapt is not None else None,

@@ -74,7 +74,12 @@ def features(host: Host, module: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def features_of(
-    host: Host, module: nn.Module, samples: Samples, *, batch_size: int = 64, device: str | None = None
+    host: Host,
+    module: nn.Module,
+    samples: Samples,
+    *,
+    batch_size: int | None = None,
+    device: str | None = None,
 ) -> Tensor:
     """Features ``(samples, F)`` on the CPU, in the samples' order. Arguments and errors as of `features`."""
     from dataclasses import replace

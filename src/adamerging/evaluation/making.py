@@ -114,12 +114,9 @@ class Maker:
             AdamergingError: it cannot be made, see `run.merge` and `adaptation.adapt`.
         """
         assert self.bench.scanned
-        prepared = replace(self.bench.restricted(self.experts), settings=candidate.settings)
-        weights = _weights(candidate.settings.weights, self.experts)
-        changed = prepared.vectors.changed
-        vectors = replace(prepared.vectors, weights=weights)
-        vectors.changed = changed
-        prepared = replace(prepared, vectors=vectors)
+        prepared = self.bench.restricted(self.experts)
+        vectors = prepared.vectors.like(weights=_weights(candidate.settings.weights, self.experts))
+        prepared = replace(prepared, settings=candidate.settings, vectors=vectors)
         if candidate.method is None:
             return self._learned(prepared, candidate, state)
         prepared = replace(prepared, method=candidate.method)
@@ -153,18 +150,34 @@ class Maker:
 
     def _merged(self, prepared: Prepared, fill: Callable[[], None]) -> Made:
         """Fill, and re-estimate BatchNorm statistics where every expert has data, as a merge does."""
-        tasks = self._data()
-        averaged = bool(prepared.plan.with_treatment("averaged"))
-        estimated = averaged and all(name in tasks and tasks[name].adapt for name in self.experts)
-        learners = self._learners(prepared, tasks) if estimated else []
+        refresh = self.refresher(prepared)
 
         def again() -> None:
             fill()
-            if learners and batchnorm_layers(learners[0].module):
-                estimate_statistics(learners, self.bench.device, ROUNDS)
+            if refresh is not None:
+                refresh()
 
-        warnings = [] if estimated else statistics_warning(prepared.plan)
-        return replace(self._timed(again), adapted=estimated, warnings=warnings)
+        warnings = [] if refresh is not None else statistics_warning(prepared.plan)
+        return replace(self._timed(again), adapted=refresh is not None, warnings=warnings)
+
+    def refresher(self, prepared: Prepared, rounds: int = ROUNDS) -> Callable[[], None] | None:
+        """What re-estimates the body's BatchNorm statistics; None without such, or without all experts' data.
+
+        Args:
+            prepared: of these experts.
+            rounds: batches of every task.
+        """
+        tasks = self._data()
+        averaged = bool(prepared.plan.with_treatment("averaged"))
+        if not averaged or not all(name in tasks and tasks[name].adapt for name in self.experts):
+            return None
+        learners = self._learners(prepared, tasks)
+
+        def refresh() -> None:
+            if batchnorm_layers(learners[0].module):
+                estimate_statistics(learners, self.bench.device, rounds)
+
+        return refresh
 
     def _learners(self, prepared: Prepared, tasks: Mapping[str, Task]) -> list[Learner]:
         settings, modules = resolve({"preset": "paper"}), self.bench.modules

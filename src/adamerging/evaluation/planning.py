@@ -12,6 +12,7 @@ from .cache import VERSION
 from .entries import Wanted
 from .records import RowKind
 from .settings import CompareSettings
+from .splits import Group
 from .store import row_name
 
 BASE = "base"
@@ -26,7 +27,8 @@ class Planned:
         label, kind, seed, group: as in `records.Row`.
         experts: that are merged, or the one whose row it is; none for the base.
         wanted: how to merge; None for base, expert and average.
-        tasks: that are scored; those of the experts, and others that the group holds out.
+        tasks: that are scored under their own heads.
+        unseen: that are scored as tasks that no expert saw.
     """
 
     label: str
@@ -36,6 +38,7 @@ class Planned:
     wanted: Wanted | None = None
     seed: int | None = None
     group: str | None = None
+    unseen: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,30 +61,55 @@ class Planned:
             ]
         transductive = None if self.wanted is None else self.wanted.recipe.transductive
         own: list[Any] = [self.kind, self.seed, self.group, self.experts, self.tasks, entry, transductive]
-        return key("row", VERSION, own, scoring_of(bench.settings), str(bench.device), bench.content)
+        outside = [bench.content_outside[name] for name in self.unseen]
+        scoring = scoring_of(bench.settings, whole=self.group is None)
+        return key("row", VERSION, own, scoring, str(bench.device), bench.content, outside)
 
 
-def scoring_of(settings: CompareSettings) -> dict[str, Any]:
-    """What of the settings says how every row is scored."""
-    return settings.model_dump(include={"limit", "bootstrap", "shift", "unseen", "why"})
+def scoring_of(settings: CompareSettings, *, whole: bool = True) -> dict[str, Any]:
+    """What of the settings says how a row is scored.
+
+    Args:
+        settings: of the comparison.
+        whole: of a row of all experts; those of a group are scored on clean data and not explained.
+    """
+    return settings.model_dump(include={"limit", "bootstrap", *(("shift", "why") if whole else ())})
 
 
 def plan_rows(
-    experts: Sequence[str], tasks: Sequence[str], wanted: Sequence[Wanted], seeds: Sequence[int]
+    experts: Sequence[str],
+    tasks: Sequence[str],
+    wanted: Sequence[Wanted],
+    seeds: Sequence[int],
+    unseen: Sequence[str] = (),
+    groups: Sequence[Group] = (),
 ) -> list[Planned]:
-    """The rows for all experts: base, each expert, the average, then what was asked for.
+    """The rows for all experts: base, each expert, the average, then what was asked for. Then the groups'.
 
     Args:
         experts: names, in order.
         tasks: those that are scored.
         wanted: what was asked for; a plain average among it is the row that is there anyway.
         seeds: a learned or random merge has a row for each.
+        unseen: tasks without an expert, which the rows for all experts are scored on too.
+        groups: of experts to merge apart, each with a base and an average of its own.
     """
-    everyone, scored = tuple(experts), tuple(tasks)
-    rows = [Planned(BASE, "base", (), scored)]
-    rows += [Planned(f"expert: {name}", "expert", (name,), scored) for name in scored if name in everyone]
-    rows.append(Planned(AVERAGE, "average", everyone, scored))
-    return rows + merged_rows(everyone, scored, wanted, seeds)
+    everyone, scored, outside = tuple(experts), tuple(tasks), tuple(unseen)
+    rows = [Planned(BASE, "base", (), scored, unseen=outside)]
+    rows += [
+        Planned(f"expert: {name}", "expert", (name,), scored, unseen=outside)
+        for name in scored
+        if name in everyone
+    ]
+    rows.append(Planned(AVERAGE, "average", everyone, scored, unseen=outside))
+    rows += merged_rows(everyone, scored, wanted, seeds, unseen=outside)
+    for group in groups:
+        some, held_out, name = tuple(group["experts"]), tuple(group["held_out"]), group["group"]
+        held_in = tuple(task for task in group["held_in"] if task in scored)
+        rows.append(Planned(BASE, "base", some, held_in, group=name, unseen=held_out))
+        rows.append(Planned(AVERAGE, "average", some, held_in, group=name, unseen=held_out))
+        rows += merged_rows(some, held_in, wanted, seeds, name, held_out)
+    return rows
 
 
 def merged_rows(
@@ -90,6 +118,7 @@ def merged_rows(
     wanted: Sequence[Wanted],
     seeds: Sequence[int],
     group: str | None = None,
+    unseen: tuple[str, ...] = (),
 ) -> list[Planned]:
     """The rows of what was asked for, of some of the experts."""
     rows = []
@@ -100,7 +129,7 @@ def merged_rows(
         oracle = " (oracle)" if item.entry.sweep and item.entry.choose_on == "test" else ""
         kind: RowKind = "learned" if item.learned else "static"
         rows += [
-            Planned(f"{item.label}{oracle}", kind, experts, tasks, item, seed, group)
+            Planned(f"{item.label}{oracle}", kind, experts, tasks, item, seed, group, unseen)
             for seed in (dict.fromkeys(seeds) if seeded else [None])
         ]
     return rows

@@ -34,7 +34,9 @@ class ScoreRecord(BaseModel):
     nll: float = Field(description="Mean negative log-likelihood, nats.")
     entropy: float = Field(description="Mean prediction entropy, nats.")
     normalised: float | None = Field(
-        None, description="Accuracy / that of the task's expert under the same condition; None without one."
+        None,
+        description="Accuracy / that of the task's expert under the same condition; of an unseen task / "
+        "that of the base under the same head. None without one.",
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 
-from ..tasks.task import Task
 from .bench import Bench
 from .making import Made, Maker
 from .planning import Planned
 from .records import Row, ScoreRecord
 from .settings import CompareSettings
+from .shift import shifted_task
 
 Anew = Callable[[Planned, Maker, Row], list[ScoreRecord]]
 
@@ -27,7 +26,6 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
     bench = maker.bench
     shift = bench.settings.shift
     assert shift is not None and planned.wanted is not None
-    shifted_task: Callable[..., Task] = import_module(".shift", __package__).shifted_task
     chosen = next(
         candidate
         for candidate in planned.wanted.candidates(planned.seed)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -76,6 +76,14 @@ class RunFolder:
     def write_run(self, run: Comparison) -> None:
         """Write `comparison.json`, without the rows. Raises as `write_row`."""
         self._write(RUN, run.model_copy(update={"rows": []}))
+
+    def find_slice(self) -> dict[str, Any] | None:
+        """The loss surface that an earlier run left; None without one."""
+        try:
+            run = _read(self.path / RUN, Comparison)
+        except UsageError:
+            return None
+        return run.slice if run is not None else None
 
     def write_row(self, name: str, row: Row) -> None:
         """Write one row's file.

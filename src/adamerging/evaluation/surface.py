@@ -18,9 +18,11 @@ from ..errors import UsageError
 from ..stream import Workers
 from ..task_vectors import TaskVectors
 from ..tasks.task import Samples, Task
-from .inference import logits_of
+from .inference import Feed, logits_from
 
 GRID = tuple(number / 8 for number in range(9))
+KEPT = 1 << 28
+"""Bytes of ready inputs of either task that are kept from point to point."""
 Fill = Callable[[float, float], None]
 Measure = Callable[[], tuple[float, float]]
 
@@ -83,8 +85,8 @@ def slice_of(
     if lacking:
         raise UsageError(f"no expert for {', '.join(lacking)}; experts: {', '.join(vectors.tasks)}")
     data = [_first(task, limit) for task, _ in tasks]
+    feeds = [Feed(task, samples, keep=KEPT) for (task, _), (samples, _) in zip(tasks, data, strict=True)]
     store = VectorStore(vectors, workers, device=body.device)
-    store.scan()  # what was never read counts as unchanged, and would stay the base
     where = layout("task", vectors.tasks, store.entries(), vectors.places)
 
     def fill(first: float, second: float) -> None:
@@ -96,8 +98,8 @@ def slice_of(
 
     def score() -> tuple[float, float]:
         loss = entropy = 0.0
-        for (task, module), (samples, labels) in zip(tasks, data, strict=True):
-            logits = logits_of(module, task, samples, device=body.device)
+        for (task, module), feed, (_, labels) in zip(tasks, feeds, data, strict=True):
+            logits = logits_from(module, task, feed, body.device)
             loss += float(cross_entropy(logits, labels)) / 2
             entropy += float(sample_entropy(logits).mean()) / 2
         return loss, entropy

@@ -23,16 +23,20 @@ from ..tasks.resolve import named
 from ..tasks.spec import TaskSpec, beside
 from ..tasks.task import Inputs, Samples, Task
 from ..tasks.text_classification import read_head
-from ..validation import make
+from ..validation import Problems, make
 from ..weights.source import Weights
 from .features import Host, features, features_of
 from .probe import LinearHead, fit_probe, given_head, pick_samples
 from .settings import Unseen
 
 _DATA: Mapping[str, DataKind] = {
-    "text": "text", "text_embedding": "text", "image": "image", "module": "array",
+    "text": "text", "text_embedding": "text", "image": "image", "image_zero_shot": "image",
+    "module": "array",
 }  # fmt: skip
-_FROM_HOST = ("adapt", "max_length", "tokenizer", "processor", "model", "forward", "feature_module")
+_FROM_HOST = (
+    "adapt", "max_length", "tokenizer", "processor", "templates", "prompts", "model", "model_options",
+    "forward", "feature_module",
+)  # fmt: skip
 """Keys of a task that have no use here: the model and its preparation are the host's."""
 
 
@@ -82,23 +86,42 @@ def read_unseen(unseen: Unseen, tasks: Sequence[Task], folder: Path | None = Non
 
     Raises:
         UsageError: unknown keys, a name that the recipe has already, no host, data that is missing, that
-            cannot be read or that overlaps, labels that fit neither names nor head.
+            cannot be read or that overlaps, labels that fit neither names nor head; all tasks' at once.
         WeightsError: the head cannot be read.
     """
-    found = []
+    found, problems = [], Problems()
     for name, raw in unseen.tasks.items():
-        where = f"unseen task '{name}'"
-        spec = make(UnseenSpec, raw, where)
-        if any(task.name == name for task in tasks):
-            raise UsageError(f"{where}: a task of the recipe has this name; leave_out is for such tasks")
-        useless = [key for key in _FROM_HOST if getattr(spec, key) is not None]
-        if useless:
-            raise UsageError(
-                f"{where} has no use for: {', '.join(useless)}. Its model and preparation are those of the "
-                "task it is like; train and evaluate are its data"
-            )
-        found.append(_read(name, spec, _like(where, spec, tasks), folder))
+        with problems.gathered():
+            found.append(_from_settings(name, raw, tasks, folder))
+    problems.refuse("unseen tasks")
     return found
+
+
+def _from_settings(
+    name: str, raw: Mapping[str, Any], tasks: Sequence[Task], folder: Path | None
+) -> UnseenData:
+    where = f"unseen task '{name}'"
+    spec = unseen_spec(name, raw)
+    if any(task.name == name for task in tasks):
+        raise UsageError(f"{where}: a task of the recipe has this name; leave_out is for such tasks")
+    return _read(name, spec, _like(where, spec, tasks), folder)
+
+
+def unseen_spec(name: str, raw: Mapping[str, Any]) -> UnseenSpec:
+    """One entry of ``unseen.tasks``, checked without its data.
+
+    Raises:
+        UsageError: unknown keys, or keys that have no use here.
+    """
+    where = f"unseen task '{name}'"
+    spec = make(UnseenSpec, raw, where)
+    useless = [key for key in _FROM_HOST if getattr(spec, key) not in (None, {})]
+    if useless:
+        raise UsageError(
+            f"{where} has no use for: {', '.join(useless)}. Its model and preparation are those of the "
+            "task it is like; train and evaluate are its data"
+        )
+    return spec
 
 
 def held_out_data(task: Task, expert: Weights, base: Weights) -> UnseenData:
@@ -155,7 +178,7 @@ def fit_head(
     *,
     samples: int = 2000,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> LinearHead:
     """The task's head: its fixed one, or a probe on the base's features. Once, for all models.
 
@@ -165,7 +188,7 @@ def fit_head(
         base_module: the host's module with the base in its body.
         samples: the most labelled samples that the probe is fitted on.
         seed: of the choice of samples and of the probe.
-        batch_size: samples a forward pass.
+        batch_size: samples a forward pass; by a budget when None.
 
     Raises:
         UsageError: a class to be scored has no labelled sample, or the fixed head is not as wide as the
@@ -180,6 +203,23 @@ def fit_head(
                 f"'{host.task.name}' {width}"
             )
         return given_head(data.head)
+    chosen = probe_samples(data, samples, seed)
+    found = features_of(_prepared(host, data), base_module, chosen, batch_size=batch_size)
+    assert chosen.labels is not None
+    return fit_probe(found, chosen.labels, data.classes, seed=seed)
+
+
+def probe_samples(data: UnseenData, samples: int, seed: int) -> Samples:
+    """The labelled samples that a task's probe is fitted on.
+
+    Args:
+        data: of a task without a fixed head.
+        samples: the most.
+        seed: of their choice.
+
+    Raises:
+        UsageError: a class that is scored would have none, or all have the same class.
+    """
     assert data.train is not None and data.train.labels is not None
     labels = list(data.train.labels)
     assert data.evaluate.labels is not None
@@ -195,15 +235,17 @@ def fit_head(
             f"unseen task '{data.name}': probe_samples (={samples}) is less than its "
             f"{len(set(labels))} classes; raise it"
         )
-    chosen = Samples(
+    if len(set(labels)) < 2:
+        raise UsageError(
+            f"unseen task '{data.name}': a probe needs labelled samples of two classes or more; all "
+            f"{len(labels)} of {data.train.source} have the same label"
+        )
+    return Samples(
         [data.train.inputs[place] for place in places],
         [labels[place] for place in places],
         data.train.source,
         data.train.fingerprint,
     )
-    found = features_of(_prepared(host, data), base_module, chosen, batch_size=batch_size)
-    assert chosen.labels is not None
-    return fit_probe(found, chosen.labels, data.classes, seed=seed)
 
 
 def unseen_task(data: UnseenData, head: LinearHead, host: Host) -> Task:
@@ -219,7 +261,7 @@ def unseen_task(data: UnseenData, head: LinearHead, host: Host) -> Task:
         adapt=None,
         evaluate=data.evaluate,
         label_names=data.label_names,
-        settings={"kind": "unseen", "like": host.task.name, "head": head.record()},
+        settings={"kind": "unseen", "of": data.kind, "like": host.task.name, "head": head.record()},
         fixed_head=None,
     )
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..tasks.huggingface import load_from, quiet
+from ..tasks.prompts import fill_templates
 from ..tasks.text_classification import pool, pooling_of
 from ..weights import open_weights
 
@@ -66,11 +66,8 @@ def prompts_of(label_names: Sequence[str], templates: Sequence[str]) -> list[lis
     Raises:
         UsageError: a template without ``{}``.
     """
-    wrong = [template for template in templates if template.count("{}") != 1]
-    if wrong:
-        raise UsageError(f"a template has {{}} where the class's name goes, once; got {wrong[0]!r}")
     names = [label.replace("_", " ").replace("?", "") for label in label_names]
-    return [[template.replace("{}", name) for template in templates] for name in names]
+    return fill_templates(names, templates)
 
 
 def about_head(label_names: Sequence[str], pooling: str) -> dict[str, str]:

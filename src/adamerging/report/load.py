@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ class Run:
 def load_run(folder: str | Path) -> Run:
     """Read a run's folder, as `compare` writes it, finished or not.
 
-    A row's file that cannot be read is left out and named in `Run.problems`: the other rows are as good as
-    ever. Without a readable ``comparison.json`` there is nothing to compare with, and it is an error.
+    The rows are those that ``comparison.json`` lists, in its order; files that an earlier run left are not
+    looked at. A row's file that cannot be read is left out and named in `Run.problems`: the others are as
+    good as ever. Without a readable ``comparison.json`` there is nothing to compare with, and it is an error.
 
     Args:
         folder: with ``comparison.json`` and ``rows/``; or the file itself.
@@ -75,7 +77,7 @@ def load_run(folder: str | Path) -> Run:
         ) from None
     problems = []
     seen = {_identity(row) for row in comparison.rows}
-    for path in sorted((folder / ROWS).glob("*.json")):
+    for path in _files(folder / ROWS, comparison.order):
         try:
             row = Row.model_validate(_read(path))
         except (ValueError, OSError) as error:
@@ -89,6 +91,14 @@ def load_run(folder: str | Path) -> Run:
             comparison.rows.append(row)
             seen.add(_identity(row))
     return Run(comparison, tuple(problems))
+
+
+def _files(folder: Path, order: Sequence[str]) -> list[Path]:
+    """The rows' files in the run's order, without those of an earlier one; all by name without an order."""
+    if not order:
+        return sorted(folder.glob("*.json"))
+    files = (folder / f"{name}.json" for name in order if Path(name).name == name)
+    return [path for path in files if path.is_file()]
 
 
 def shown(path: str | Path) -> str:

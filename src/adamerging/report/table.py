@@ -53,7 +53,7 @@ def cells_of(run: Run, condition: str | None = None) -> Cells:
     columns = ["model", "mean", "of experts", "95 %", *(["time"] if timed else [])]
     rows = [row if timed else [*row[:4], *row[5:]] for row in rows]
     columns += [*tasks, *(f"{name} (unseen)" for name in unseen)]
-    return Cells(columns, rows, [*_notes(lines), *_failures(run)], 5 if timed else 4)
+    return Cells(columns, rows, [*_notes(lines), *_groups(run), *_failures(run)], 5 if timed else 4)
 
 
 def rich_table(cells: Cells, width: int, title: str = "Accuracy, %") -> Group:
@@ -153,13 +153,24 @@ def _notes(lines: Iterable[Line]) -> list[str]:
     return [*notes, *([f"± standard deviation over {seeds} seeds."] if seeds > 1 else [])]
 
 
+def _groups(run: Run) -> list[str]:
+    """That there are models of some of the experts, which the table does not show."""
+    count = len({row.group for row in run.rows if row.group is not None})
+    if not count:
+        return []
+    what = "1 split or subset" if count == 1 else f"{count} splits and subsets"
+    return [f"Models of {what} of the experts are in the report, in --format csv and in --json."]
+
+
 def _failures(run: Run) -> list[str]:
     """Rows without scores, each with its reason, and rows that are not there yet."""
-    failed = [row for row in run.rows if row.failed is not None]
-    notes = [
-        f"failed: {row.label}{'' if row.seed is None else f', seed {row.seed}'}: {row.failed}"
-        for row in failed
-    ]
+    failed = dict.fromkeys(
+        f"failed: {row.label}{'' if row.seed is None else f', seed {row.seed}'}"
+        f"{'' if row.group is None else f' ({row.group})'}: {row.failed}"
+        for row in run.rows
+        if row.failed is not None
+    )
+    notes = list(failed)
     if run.missing:
         notes.append(f"{run.missing} of {run.comparison.planned} rows are not there yet.")
     return [*notes, *run.problems]

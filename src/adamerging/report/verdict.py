@@ -150,8 +150,9 @@ def _cautions(view: View) -> Iterator[tuple[str, str]]:
     said: dict[tuple[str, str], list[str]] = {}
     for row in run.rows:
         texts = [*row.warnings, *([f"failed: {row.failed}"] if row.failed is not None else [])]
+        label = row.label if row.group is None else f"{row.label}, made of some of the experts"
         for text in texts:
-            seeds = said.setdefault((row.label, text), [])
+            seeds = said.setdefault((label, text), [])
             seeds.extend([] if row.seed is None else [str(row.seed)])
     for (label, text), seeds in said.items():
         yield (f"{label} (seed {listed(list(dict.fromkeys(seeds)))})" if seeds else label), text

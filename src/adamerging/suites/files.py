@@ -25,7 +25,9 @@ class SuiteData(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    seen: str = Field(description="Folder of a task's data, with ${task}.")
+    seen: str | None = Field(
+        None, description="Folder of a task's data, with ${task}; None where no folder is needed."
+    )
     tasks: list[str] = Field(description="The tasks that have experts.")
     unseen: list[str] = Field([], description="Folders of the tasks that have none.")
 
@@ -37,10 +39,16 @@ class Suite(BaseModel):
 
     title: str
     about: str
+    values: dict[str, str | dict[str, str]] = Field(
+        {}, description="Placeholders of the suite's own, by name: a text, or a text by task."
+    )
+    hub: bool = Field(False, description="Base, experts and data come from the hub unless told otherwise.")
     extra: str | None = Field(None, description="Extra of this package with what the suite needs.")
     data: SuiteData
     floors: dict[str, float] = Field({}, description="Test accuracy in percent that an expert must reach.")
-    finetune: dict[str, Any] = Field(description="A fine-tuning recipe; `each` holds for every task.")
+    finetune: dict[str, Any] | None = Field(
+        None, description="A fine-tuning recipe; `each` holds for every task. None: the experts exist."
+    )
     recipe: dict[str, Any] = Field(description="A merge recipe; `each` holds for every task.")
     merge: dict[str, Any] = Field(description="What the stage merge adds to the recipe.")
     compare: dict[str, Any] = Field(description="What the stage compare adds, as `compare:`.")
@@ -52,14 +60,14 @@ class Filled:
 
     Attributes:
         suite: the file.
-        finetune: fields of the fine-tuning recipe.
+        finetune: fields of the fine-tuning recipe; None where the experts exist already.
         merge: fields of the merge recipe.
         compare: the same with `compare:` in the place of how to merge.
         folders: data folders under ``--data``, those of unseen tasks last.
     """
 
     suite: Suite
-    finetune: dict[str, Any]
+    finetune: dict[str, Any] | None
     merge: dict[str, Any]
     compare: dict[str, Any]
     folders: tuple[str, ...]
@@ -69,6 +77,8 @@ class Filled:
         out.mkdir(parents=True, exist_ok=True)
         paths = {}
         for stage in ("finetune", "merge", "compare"):
+            if getattr(self, stage) is None:
+                continue
             paths[stage] = out / f"{stage}.yaml"
             text = yaml.safe_dump(getattr(self, stage), sort_keys=False, allow_unicode=True, width=110)
             partial = out / f".{stage}.yaml.partial"
@@ -91,23 +101,40 @@ def load_suite(name: str) -> Suite:
     if name not in names():
         raise UsageError(f"there is no suite '{name}'; suites: {', '.join(names())}")
     path = FOLDER / f"{name}.yaml"
-    return make(Suite, read_yaml(path), str(path))
+    return make(Suite, _read(path), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A suite's fields: those of the suite it is `like`, with its own in their place; `values` one by one."""
+    fields = read_yaml(path)
+    like = fields.pop("like", None)
+    if like is None:
+        return fields
+    other = _read(path.with_name(f"{like}.yaml"))
+    return {**other, **fields, "values": {**other.get("values", {}), **fields.get("values", {})}}
 
 
 def fill(
-    suite: Suite, *, data: Path, out: Path, tasks: list[str] | None = None, multitask: bool = False
+    suite: Suite,
+    *,
+    data: Path | None,
+    out: Path,
+    tasks: list[str] | None = None,
+    multitask: bool = False,
+    values: Mapping[str, str] | None = None,
 ) -> Filled:
     """Fill a suite's placeholders.
 
     Args:
         suite: see `load_suite`.
-        data: folder of the data sets, ``${data}``.
+        data: folder of the data sets, ``${data}``; None for a suite that needs none.
         out: folder of the results, ``${out}``.
         tasks: keep these tasks alone.
         multitask: also train one body on all tasks jointly.
+        values: placeholders of the suite's own that get another text.
 
     Raises:
-        UsageError: no such task, or a placeholder that stands for nothing.
+        UsageError: no such task, no such placeholder to change, or a placeholder that stands for nothing.
         MissingExtraError: a package that a placeholder names is not installed.
     """
     unknown = [task for task in tasks or [] if task not in suite.data.tasks]
@@ -116,10 +143,26 @@ def fill(
             f"no task {', '.join(unknown)} in the suite {suite.title}; it has {', '.join(suite.data.tasks)}"
         )
     kept = [task for task in suite.data.tasks if not tasks or task in tasks]
-    known = {"data": str(data.resolve()), "out": str(out.resolve())}
+    strange = [name for name in values or {} if name not in suite.values]
+    if strange:
+        raise UsageError(
+            f"the suite {suite.title} has no placeholder {', '.join(strange)} to set; "
+            f"it has {', '.join(suite.values) or 'none'}"
+        )
+    common_words = {"out": str(out.resolve())} | ({} if data is None else {"data": str(data.resolve())})
+    own_words = {**suite.values, **(values or {})}
+
+    def words(task: str | None) -> dict[str, str]:
+        known = common_words if task is None else {**common_words, "task": task}
+        for name, value in own_words.items():
+            text = value.get(task or "") if isinstance(value, dict) else value
+            if text is None or (task is None and "${task}" in text):
+                continue  # only known for a task
+            known = {**known, name: _filled(text, known, suite)}
+        return known
 
     def filled(value: Any, task: str | None = None) -> Any:
-        return _filled(value, known if task is None else {**known, "task": task}, suite)
+        return _filled(value, words(task), suite)
 
     def by_task(section: Mapping[str, Any]) -> dict[str, Any]:
         own = section.get("tasks", {})
@@ -129,15 +172,20 @@ def fill(
         skipped = ("each", "tasks", "experts")
         return {key: filled(value) for key, value in section.items() if key not in skipped}
 
-    finetune = {**rest(suite.finetune), "tasks": by_task(suite.finetune), "multitask": multitask}
+    if suite.finetune is None:
+        if multitask:
+            raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
+        finetune = None
+    else:
+        finetune = {**rest(suite.finetune), "tasks": by_task(suite.finetune), "multitask": multitask}
     experts = {task: filled(suite.recipe["experts"], task) for task in kept}
-    common = {**rest(suite.recipe), "experts": experts, "tasks": by_task(suite.recipe)}
+    common: dict[str, Any] = {**rest(suite.recipe), "experts": experts, "tasks": by_task(suite.recipe)}
     return Filled(
         suite,
         finetune,
         {**common, **filled(suite.merge)},
         {**common, "compare": filled(_without(suite.compare, kept))},
-        tuple([filled(suite.data.seen, task) for task in kept] + suite.data.unseen),
+        tuple([filled(suite.data.seen, task) for task in kept if suite.data.seen] + suite.data.unseen),
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .spec import TaskSpec
     from .task import Inputs, Samples, Task
     from .text_classification import embedding_text_task, text_task
+    from .zero_shot_image import zero_shot_image_task
 
 _HOME = {
     "Inputs": "task",
@@ -27,6 +28,7 @@ _HOME = {
     "read_samples": "data",
     "refuse_overlap": "data",
     "text_task": "text_classification",
+    "zero_shot_image_task": "zero_shot_image",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "read_samples",
     "refuse_overlap",
     "text_task",
+    "zero_shot_image_task",
 ]
 
 

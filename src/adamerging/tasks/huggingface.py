@@ -91,17 +91,39 @@ def build(auto: Any, config: Any, expert: Weights, base: Weights | None) -> nn.M
     skeleton = _skeleton(auto, config)
     kind, wanted = type(skeleton), set(skeleton.state_dict())
     tensors = _tensors(expert, base, kind.base_model_prefix)
-    module, info = _load(kind, config, tensors)
-    if info["mismatched_keys"]:
-        wrong = [f"  - {name}: {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
-        raise WeightsError(f"{expert.label} does not fit its configuration:\n" + "\n".join(wrong[:20]))
-    if info["missing_keys"]:
-        _refuse_missing(sorted(info["missing_keys"]), expert, auto, config)
+    module, missing = _fitted(kind, config, tensors, expert.label)
+    if missing:
+        _refuse_missing(missing, expert, auto, config)
     if not wanted <= set(tensors):
         _name_as_stored(module, _stored_names(kind, config, tensors))
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module.float().eval()  # type: ignore[no-any-return]
+    return _frozen(module)
+
+
+def filled(
+    kind: Any,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    label: str,
+    stored: Mapping[str, str] | None = None,
+) -> nn.Module:
+    """Fill a model of a known class from tensors by its own names, in float32 and evaluation mode.
+
+    Args:
+        kind: a class of transformers.
+        config: its configuration.
+        tensors: the values.
+        label: what messages call where they come from.
+        stored: what ``state_dict()`` shall call tensors, by their own names.
+
+    Raises:
+        WeightsError: tensors are missing or of another shape; all are listed.
+    """
+    module, missing = _fitted(kind, config, tensors, label)
+    if missing:
+        raise WeightsError(f"{label} lacks tensors that {kind.__name__} needs: {', '.join(missing[:20])}")
+    if stored is not None and any(name != other for name, other in stored.items()):
+        _name_as_stored(module, stored)
+    return _frozen(module)
 
 
 def configuration(weights: Weights) -> Any:
@@ -205,6 +227,21 @@ def _outputs(auto: Any, config: Any) -> tuple[str, ...]:
         trial = type(config).from_dict({**config.to_dict(), "id2label": dict.fromkeys(range(count), "")})
         shapes.append({name: tensor.shape for name, tensor in _skeleton(auto, trial).state_dict().items()})
     return tuple(name for name, shape in shapes[0].items() if shapes[1].get(name) != shape)
+
+
+def _fitted(kind: Any, config: Any, tensors: Mapping[str, Tensor], label: str) -> tuple[Any, list[str]]:
+    """The model with its values, and the names of those that are missing."""
+    module, info = _load(kind, config, tensors)
+    if info["mismatched_keys"]:
+        wrong = [f"  - {name}: {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
+        raise WeightsError(f"{label} does not fit its configuration:\n" + "\n".join(wrong[:20]))
+    return module, sorted(info["missing_keys"])
+
+
+def _frozen(module: Any) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.float().eval()  # type: ignore[no-any-return]
 
 
 def _load(kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:

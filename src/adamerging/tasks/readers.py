@@ -287,7 +287,19 @@ def _of_dataset(found: Any, name: str, split: str | None = None) -> Columns:
         raise UsageError(f"{name} has no splits, so there is no '{split}'")
     if not hasattr(found, "__len__"):  # streamed
         return _of_rows(list(found), name)
+    found = _encoded(found)
     return {column: found[column] for column in found.column_names}
+
+
+def _encoded(found: Any) -> Any:
+    """A data set whose images stay encoded until they are used: checks and hashes need not decode them."""
+    for column, feature in (getattr(found, "features", None) or {}).items():
+        if type(feature).__name__ == "Image" and getattr(feature, "decode", False) and len(found):
+            plain = found.cast_column(column, type(feature)(decode=False))
+            first = plain[0][column]
+            if isinstance(first, Mapping) and first.get("bytes") is not None:
+                found = plain
+    return found
 
 
 def _rows(source: Any) -> list[Any]:

@@ -22,11 +22,13 @@ from .module import module_task
 from .spec import Kind, TaskSpec, beside
 from .task import Task
 from .text_classification import embedding_text_task, text_task
+from .zero_shot_image import refuse_mixed_families, zero_shot_image_task
 
 _USES: Mapping[str, tuple[str, ...]] = {
     "text": ("max_length", "pair_field", "tokenizer"),
     "text_embedding": ("max_length", "tokenizer", "head"),
     "image": ("processor",),
+    "image_zero_shot": ("processor", "head", "templates", "prompts"),
     "module": ("model", "model_options", "head", "collate", "forward", "feature_module"),
 }
 
@@ -50,7 +52,7 @@ def make_tasks(
 
     Raises:
         UsageError: a task without expert or data, options that its kind has no use for, data that cannot be
-            read, or splits that overlap.
+            read, splits that overlap, or CLIP experts of two families.
     """
     unknown = [name for name in specs if name not in experts]
     if unknown:
@@ -58,6 +60,9 @@ def make_tasks(
             f"tasks without an expert: {', '.join(unknown)}; the experts are {', '.join(experts)}"
         )
     tasks = [make_task(name, spec, experts[name], base, folder) for name, spec in specs.items()]
+    refuse_mixed_families(
+        {task.name: experts[task.name] for task in tasks if task.settings.get("kind") == "image_zero_shot"}
+    )
     refuse_overlap(tasks, transductive=transductive)
     return tasks
 
@@ -87,6 +92,13 @@ def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder:
             name, adapt, evaluate, image_field=spec.input_field, label_field=spec.label_field,
             label_names=names, processor=beside(folder, spec.processor),
         )  # fmt: skip
+    if kind == "image_zero_shot":
+        return zero_shot_image_task(
+            name, adapt, evaluate, label_names=spec.label_names, templates=spec.templates,
+            prompts=beside(folder, spec.prompts), head=beside(folder, spec.head),
+            image_field=spec.input_field, label_field=spec.label_field,
+            processor=beside(folder, spec.processor),
+        )  # fmt: skip
     if spec.model is None:
         raise UsageError(
             f"task '{name}' is of kind module: name what makes its model, model: package.module:name"
@@ -109,6 +121,10 @@ def guess_kind(name: str, expert: Weights, base: Weights, *, has_model: bool = F
     if expert.folder is not None and (expert.folder / "heads" / f"{name}.safetensors").is_file():
         return "text_embedding"
     architecture = naming.architecture(expert.config) or ""
+    if str((expert.config or {}).get("model_type")) in ("clip", "clip_vision_model") and not (
+        architecture.endswith("ForImageClassification")
+    ):
+        return "image_zero_shot"
     if architecture.endswith("ForSequenceClassification"):
         return "text"
     if architecture.endswith("ForImageClassification"):
@@ -121,7 +137,7 @@ def guess_kind(name: str, expert: Weights, base: Weights, *, has_model: bool = F
             return "image"
     raise UsageError(
         f"task '{name}': its expert {expert.label} ({architecture or 'no configuration'}) does not tell what "
-        "kind of task this is; give kind: text, text_embedding, image or module"
+        "kind of task this is; give kind: text, text_embedding, image, image_zero_shot or module"
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Kind = Literal["text", "text_embedding", "image", "module"]
+Kind = Literal["text", "text_embedding", "image", "image_zero_shot", "module"]
 
 
 class TaskSpec(BaseModel):
@@ -31,8 +31,15 @@ class TaskSpec(BaseModel):
     processor: str | None = Field(None, description="Folder of an image processor; the expert's when unset.")
     head: str | None = Field(
         None,
-        description="Kind text_embedding: safetensors file with one matrix (classes, width). "
+        description="Kinds text_embedding and image_zero_shot: safetensors file with one matrix "
+        "(classes, width). "
         "Kind module: package.module:name.",
+    )
+    templates: list[str] | None = Field(
+        None, description="Kind image_zero_shot: texts with {} for the class's name; their mean is the head."
+    )
+    prompts: str | None = Field(
+        None, description="Kind image_zero_shot: YAML file with classes and templates, instead of these two."
     )
     model: str | None = Field(None, description="Kind module: what makes the model, package.module:name.")
     model_options: dict[str, Any] = Field({}, description="Kind module: what `model` is called with.")

@@ -278,10 +278,7 @@ class FixedHead:
     def logits(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """``(texts, classes)``, in float32."""
         assert self.head is not None, "the skeleton comes first"
-        embedding = self.embedding(module, inputs)
-        # bf16 would round logits of 30 to steps of an eighth
-        with torch.autocast(embedding.device.type, enabled=False):
-            return embedding @ self.head.to(embedding).T
+        return scores_under(self.head, self.embedding(module, inputs))
 
     def embedding(self, module: nn.Module, inputs: Inputs) -> Tensor:
         """Pooled and of length one, ``(B, F)``."""
@@ -289,6 +286,13 @@ class FixedHead:
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         with torch.autocast(hidden.device.type, enabled=False):
             return pool(hidden, inputs["attention_mask"], self.pooling)
+
+
+def scores_under(head: Tensor, embedding: Tensor) -> Tensor:
+    """Embeddings ``(B, F)`` times the rows of a head ``(C, F)``, in full precision: ``(B, C)``."""
+    # bf16 would round logits of 30 to steps of an eighth
+    with torch.autocast(embedding.device.type, enabled=False):
+        return embedding @ head.to(embedding).T
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

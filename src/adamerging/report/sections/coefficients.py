@@ -78,7 +78,7 @@ def _blocks(found: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     runs, start = [], 0
     for block, members in groupby(blocks):
         count = len(list(members))
-        runs.append((str(block), start, count))
+        runs.append((block or "", start, count))
         start += count
     return runs if 1 < len(runs) < len(blocks) else []
 

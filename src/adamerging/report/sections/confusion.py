@@ -65,7 +65,8 @@ def _most(own: Mapping[str, Any]) -> str:
         return "no confusion that the expert does not have"
     i, j = pairs[0]
     names = own["labels"]
-    times = f"{own['merged'][i][j]} times, {own['expert'][i][j]} by the expert"
+    count = own["merged"][i][j]
+    times = f"{count} time{'s' * (count != 1)}, {own['expert'][i][j]} by the expert"
     return f"“{short(names[i])}” taken for “{short(names[j])}” {times}"
 
 

@@ -92,12 +92,12 @@ def _draw(by_task: Mapping[str, Any]) -> Any:
         bins = own.get("bins") or []
         axes.plot([b["entropy"] for b in bins], [b["loss"] for b in bins], color=SERIES[0], lw=1.8)
         rho = own.get("spearman")
-        axes.set_title(short(task, 18), pad=12)
+        axes.set_title(short(task, 18), pad=14)
         axes.annotate(
             "" if rho is None else f"ρ = {rho:.2f}",
             (0, 1),
             xycoords="axes fraction",
-            xytext=(0, 3),
+            xytext=(0, 4),
             textcoords="offset points",
             color=SERIES[0],
         )

@@ -23,7 +23,9 @@ def scale(view: View) -> Section | None:
         return None
     relative = all(s.normalised is not None for row in rows for s in row.scores)
     held_in, held_out = _curves(rows, relative, False), _curves(rows, relative, True)
-    shown = {"Tasks that were merged": held_in, "Tasks that were not": held_out}
+    shown = {"Merged tasks / expert": held_in, "Other tasks / base": held_out}
+    if not relative:
+        shown = {"Tasks that were merged": held_in, "Tasks that were not": held_out}
     shown = {title: curves for title, curves in shown.items() if curves}
     what = "Normalised accuracy" if relative else "Accuracy"
     chart = Chart(

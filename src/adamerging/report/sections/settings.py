@@ -20,7 +20,8 @@ def settings(view: View) -> Section:
     rest = {key: value for key, value in run.settings.items() if key != "command"}
     if rest:
         text.append(("Settings", _yaml(rest)))
-    own = {_name(row.label, row.seed, row.group): row.settings for row in run.rows if row.settings}
+    whole = [row for row in run.rows if row.group is None]  # a group's are the same
+    own = {_name(row.label, row.seed, None): row.settings for row in whole if row.settings}
     if own:
         text.append(("Settings of each model", _yaml(own)))
     sources: list[list[Cell]] = [["base", run.base]]

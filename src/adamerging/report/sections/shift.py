@@ -27,7 +27,7 @@ def shift(view: View) -> Section | None:
             lambda: _draw_mean(view, mean),
             [_table("Mean over the corruptions, %", mean)],
             narrow=True,
-            note="Severity 0 is clean data of the same tasks.",
+            note="Clean data is that of the same tasks.",
         )
     ]
     if len(found) > 1:
@@ -111,10 +111,16 @@ def _draw_mean(view: View, values: dict[str, dict[int, float]]) -> Any:
     axes.set_xlim(
         left=min(min(own) for own in values.values()), right=max(end[0] for end in ends) if ends else None
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _severities(axes, values)
     axes.set_ylim(*axes.get_ylim())
     label_ends(axes, ends)
     return made
+
+
+def _severities(axes: Any, values: dict[str, dict[int, float]]) -> None:
+    """Marks where something was measured."""
+    levels = sorted({level for own in values.values() for level in own})
+    axes.set_xticks(levels, ["clean" if level == 0 else str(level) for level in levels])
 
 
 def _draw_each(view: View, values: dict[str, dict[str, dict[int, float]]]) -> Any:
@@ -126,7 +132,7 @@ def _draw_each(view: View, values: dict[str, dict[str, dict[int, float]]]) -> An
         axes.set_title(name.replace("_", " "))
         axes.grid(axis="y")
         percents(axes.yaxis)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _severities(axes, own)
     for axes in list(grid.flat)[len(values) :]:
         axes.set_visible(False)
     return made

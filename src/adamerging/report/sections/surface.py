@@ -45,9 +45,15 @@ def surface(view: View) -> Section | None:
         f"Contours of loss and of entropy over the coefficients of {a} and {b}.",
         lambda: _draw(found, shown, best),
         [table],
-        note="Dot: the lowest point of the grid. Darker is lower.",
+        note="Dot: the lowest point of the grid. Darker is lower." + _others(found),
     )
     return Section("surface", "The ground that learning walks on", [lead], [chart])
+
+
+def _others(found: Mapping[str, Any]) -> str:
+    """Where the other experts stay."""
+    value = found.get("others")
+    return f" The other experts stay at λ = {value:.2g}." if isinstance(value, float) and value else ""
 
 
 def _sound(found: Mapping[str, Any]) -> bool:
@@ -70,7 +76,9 @@ def _draw(found: Mapping[str, Any], shown: Mapping[str, Any], best: Mapping[str,
     for axes, (title, values) in zip(grid, shown.items(), strict=True):
         picture = axes.contourf(found["x"], found["y"], values, levels=12, cmap=SEQUENTIAL)
         picture.set_rasterized(True)
-        axes.plot(*best[title], marker="o", ms=6, color=PAPER, mec="#000000", mew=1, ls="")
+        axes.plot(
+            *best[title], marker="o", ms=6, color=PAPER, mec="#000000", mew=1, ls="", clip_on=False, zorder=5
+        )
         axes.set_title(title)
         axes.set_xlabel(f"λ of {found['tasks'][0]}")
         bar = made.colorbar(picture, ax=axes, shrink=0.9, pad=0.02)

@@ -52,7 +52,8 @@ def leave_out(view: View) -> Section | None:
     cells: list[list[Any]] = []
     for label, own in seed_groups(rows).items():
         cells.extend([label, group, *_pair([row for row in own if row.group == group])] for group in groups)
-        cells.append([label, "mean over the splits", *_pair(own)])
+        if len(groups) > 1:
+            cells.append([label, "mean over the splits", *_pair(own)])
     table = Table(
         "Mean accuracy by split, %",
         [
