@@ -53,7 +53,7 @@ State = Mapping[str, Tensor]
 class Scale:
     """How much of everything."""
 
-    train: int = 2000
+    train: int = 1500
     adapt: int = 192
     test: int = 400
     epochs: int = 3
