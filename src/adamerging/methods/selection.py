@@ -65,11 +65,12 @@ def find_top(
     left = {i: found.within for i, found in searches.items() if exact and found.beyond and found.low}
     shared = [(i, rows[i], tops[i].threshold) for i in left]
 
-    def ties(chunk: Chunk) -> dict[int, np.ndarray]:
-        found = ((i, np.abs(chunk.stack[row].numpy()) == value) for i, row, value in shared)
-        return {i: np.flatnonzero(equal) + chunk.start for i, equal in found}
+    def ties(chunk: Chunk) -> _Parts:
+        found = (np.abs(chunk.stack[row].numpy()) == value for _, row, value in shared)
+        return _Parts.of([np.flatnonzero(equal) + chunk.start for equal in found])
 
-    for positions in stream.map(ties) if shared else ():
+    for parts in stream.map(ties) if shared else ():
+        positions = {i: part for (i, _, _), part in zip(shared, parts.split(), strict=True)}
         for i in list(left):
             if len(positions[i]) >= left[i]:
                 tops[i] = Top(tops[i].threshold, int(positions[i][left.pop(i) - 1]))
@@ -119,15 +120,31 @@ def _search(stream: Stream, searches: Sequence[_Search]) -> None:
         for search in active:
             search.prepare(_HELD // len(active), _BINS // len(active))
 
-        def look(chunk: Chunk, active: Sequence[_Search] = active) -> list[tuple[int, np.ndarray]]:
+        def look(chunk: Chunk, active: Sequence[_Search] = active) -> tuple[list[int], _Parts]:
             values = magnitudes(chunk)
-            return [search.look(values[search.row]) for search in active]
+            looks = [search.look(values[search.row]) for search in active]
+            return [above for above, _ in looks], _Parts.of([inside for _, inside in looks])
 
-        for looks in stream.map(look):
-            for search, (above, inside) in zip(active, looks, strict=True):
+        for counts, parts in stream.map(look):
+            for search, above, inside in zip(active, counts, parts.split(), strict=True):
                 search.add(above, inside)
         for search in active:
             search.close_in()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Arrays as one: many small ones that wait to be taken would pin the memory chunks are freed from."""
+
+    whole: np.ndarray
+    ends: Sequence[int]
+
+    @staticmethod
+    def of(arrays: Sequence[np.ndarray]) -> _Parts:
+        return _Parts(np.concatenate(arrays), np.cumsum([len(array) for array in arrays]).tolist())
+
+    def split(self) -> list[np.ndarray]:
+        return np.split(self.whole, self.ends[:-1])
 
 
 def _bits_of_magnitudes(values: Tensor) -> np.ndarray:
