@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from adamerging.adaptation.adapt import adapt
 from adamerging.adaptation.objectives import OBJECTIVES, sample_entropy
+from adaptation.toy import make_experts, make_tasks
 
 torch.manual_seed(0)
 LOGITS = 3 * torch.randn(7, 5, dtype=torch.float64)
@@ -63,3 +65,23 @@ def test_supervised():
 
 def test_every_objective_bears_its_name():
     assert {name: make().name for name, make in OBJECTIVES.items()} == {name: name for name in OBJECTIVES}
+
+
+def test_labels_of_the_adaptation_data_are_for_the_record_alone() -> None:
+    base, experts = make_experts()
+    settings = {
+        "preset": "paper",
+        "steps": 2,
+        "objective": "agreement",
+        "lr": 0.05,
+        "merge": {"heads": ["head.*"]},
+    }
+    seen, blind = (
+        adapt(base, experts, make_tasks(experts, labels=labels), **settings) for labels in (True, False)
+    )
+    assert torch.equal(seen.values, blind.values)
+    for with_labels, without in zip(seen.history, blind.history, strict=True):
+        for name, check in with_labels.get("check", {}).items():
+            # the labels are the expert's own answers
+            assert check["accuracy"] == pytest.approx(check["agreement"])
+            assert "accuracy" not in without["check"][name]

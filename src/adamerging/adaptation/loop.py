@@ -229,6 +229,10 @@ class Loop:
             "entropy": float(sample_entropy(logits).mean()),
             "largest_class": float(counts.max() / len(classes)),
         }
+        labels = learner.task.adapt.labels if learner.task.adapt is not None else None
+        if labels is not None:  # for the record alone: nothing is learned from it or chosen by it
+            right = classes == torch.tensor([labels[i] for i in samples])
+            result["accuracy"] = float(right.float().mean())
         if all(i in learner.expert_logits for i in samples):
             expert = torch.stack([learner.expert_logits[i] for i in samples])
             wanted, found = expert.log_softmax(-1), logits.log_softmax(-1)
