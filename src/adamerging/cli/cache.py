@@ -6,16 +6,14 @@ from typing import Annotated
 
 import typer
 
-from . import show
+from . import flags, show
 from .failing import guard
 
 
 @guard()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove everything in it.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Show or clear the disk cache: transformed task vectors, experts' predictions, scores.
 

@@ -70,9 +70,7 @@ def compare(
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Write the records alone, and no report.html beside them.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Compare merged models with their base, their experts and the simple average.
 

@@ -52,9 +52,7 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Score on the first so many samples of each task.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to compute, as cuda or cpu.")] = "cpu",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Score a folder on labelled data: accuracy, macro-F1, calibration, likelihood.
 

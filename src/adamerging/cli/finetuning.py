@@ -23,9 +23,6 @@ Jobs = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, say what would be trained.")
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-]
 
 
 @guard()
@@ -49,7 +46,7 @@ def finetune(
         str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
     ] = None,
     dry_run: DryRun = False,
-    as_json: AsJson = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Fine-tune an expert for each task of a recipe, from one base.
 

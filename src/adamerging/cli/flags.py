@@ -121,6 +121,9 @@ VocabularyFlag = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads; as many as torch uses when not given.")
 ]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
+]
 
 
 def recipe_from(

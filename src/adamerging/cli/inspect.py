@@ -29,9 +29,7 @@ def inspect(
     every_tensor: Annotated[
         bool, typer.Option("--tensors", help="List every tensor with its treatment.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
     threads: flags.Threads = None,
 ) -> None:
     """Say what would be merged, and how the task vectors lie to each other. Writes nothing.

@@ -167,9 +167,7 @@ def merge(
             help="Only say what would be merged, and the disk, memory and time it takes.",
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
     threads: flags.Threads = None,
 ) -> None:
     """Merge experts into one model, from a recipe or from flags. Flags override the recipe's keys.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import show
+from . import flags, show
 from .failing import guard
 
 
@@ -16,9 +16,7 @@ def methods(
     name: Annotated[
         str | None, typer.Argument(help="One method, with all that its options do.", show_default=False)
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """List the methods and their options."""
     from ..catalogue import catalogue, find

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import show
+from . import flags, show
 from .failing import guard
 
 
@@ -25,9 +25,7 @@ def report(
     figures: Annotated[
         Path | None, typer.Option("--figures", metavar="DIR", help="Write the figures as SVG and PNG, too.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else.")
-    ] = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Make a comparison's report from its records alone: one HTML file that opens offline.
 

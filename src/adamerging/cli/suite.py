@@ -58,7 +58,7 @@ def suite(
     jobs: finetuning.Jobs = None,
     threads: flags.Threads = None,
     dry_run: finetuning.DryRun = False,
-    as_json: finetuning.AsJson = False,
+    as_json: flags.AsJson = False,
 ) -> None:
     """Run a complete experiment on real data: fine-tune experts, merge them, compare the methods.
 
