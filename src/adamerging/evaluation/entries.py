@@ -60,6 +60,12 @@ class Wanted:
         """Whether coefficients are learned."""
         return self.entry.adapt is not None
 
+    @property
+    def seed(self) -> int | None:
+        """The seed that the entry itself names; one that does is made with no other."""
+        own = self.entry.adapt if self.learned else self.entry.options
+        return own.get("seed") if isinstance(own, Mapping) else None
+
     def candidates(self, seed: int | None = None) -> list[Candidate]:
         """What the sweep asks to try, in its order; one candidate without a sweep.
 
@@ -171,7 +177,7 @@ def _settle(made: Wanted, entry: Entry, tried: Mapping[str, Any], seed: int | No
             given["preset"] = ALIASES.get(given.get("preset", ""), given.get("preset", "recommended"))
             own = recipe.adapt.model_dump(exclude_unset=True) if recipe.adapt is not None else {}
             given = {key: own[key] for key in ("device", "budget") if key in own} | given
-            adapt = resolve(given | ({} if seed is None else {"seed": seed}))
+            adapt = resolve(({} if seed is None else {"seed": seed}) | given)
             return Candidate(Settings.model_validate(common), None, adapt, tried)
         fields = {"method": entry.method, "options": entry.options, "scale": entry.scale}
         steps = Settings.model_validate(fields).chain()

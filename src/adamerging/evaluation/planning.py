@@ -125,11 +125,12 @@ def merged_rows(
     for item in wanted:
         if item.label == AVERAGE and not item.learned and not item.entry.sweep:
             continue
+        own = seeds if item.seed is None else [item.seed]
         seeded = any(candidate.seeded for candidate in item.candidates())
         oracle = " (oracle)" if item.entry.sweep and item.entry.choose_on == "test" else ""
         kind: RowKind = "learned" if item.learned else "static"
         rows += [
             Planned(f"{item.label}{oracle}", kind, experts, tasks, item, seed, group, unseen)
-            for seed in (dict.fromkeys(seeds) if seeded else [None])
+            for seed in (dict.fromkeys(own) if seeded else [None])
         ]
     return rows
