@@ -9,7 +9,8 @@ Every cell is a process of its own. Within it both kinds of step run in turn on 
 threads and padding: a plain step is forward and backward of every task's batch and one AdamW step of the
 whole body; a step of adaptation is the same forwards and backwards, the merge before them and the
 contraction after. Models and experts have random weights; time does not depend on them. Memory is the
-largest `RssAnon` after the first step, in processes that do only the one kind of step.
+largest `RssAnon` after the first step, in processes that do only the one kind of step and, whatever the
+number of experts, see as many batches: the more often one looks, the larger a peak one finds.
 """
 
 from __future__ import annotations
@@ -233,13 +234,16 @@ def table(args: argparse.Namespace) -> None:
         for count in args.experts:
             one = {"model": kind, "experts": count}
             both = inner(args, sys.executable, Path(__file__), **one, what="both")
-            ours = inner(args, sys.executable, Path(__file__), **one, what="adapt", runs=2)
-            plain = inner(args, sys.executable, Path(__file__), **one, what="plain", runs=2)
+            one["runs"] = max(2, args.batches // count)
+            ours = inner(args, sys.executable, Path(__file__), **one, what="adapt")
+            plain = inner(args, sys.executable, Path(__file__), **one, what="plain")
             times = [f"{value:.2f}" for value in both["seconds"]]
             memory = [f"{cell['memory']:.0f}" for cell in (ours, plain)]
             row = [kind, count, *times, f"**{both['ratio']:.2f}**", *memory]
             if args.peer and count <= 16:
-                peer = inner(args, peer_python(), HERE / "adaptation_peer.py", **one, what="adapt")
+                peer = inner(
+                    args, peer_python(), HERE / "adaptation_peer.py", **{**one, "runs": 2}, what="adapt"
+                )
                 row += [f"{peer['seconds'][0]:.2f}", f"{peer['memory']:.0f}"]
                 row += [f"**{peer['seconds'][0] / both['seconds'][0]:.2f}**"]
                 row += [f"**{peer['memory'] / ours['memory']:.2f}**"]
@@ -258,6 +262,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--budget", type=float, default=0.0, help="GB for task vectors on the device")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=64, help="that a measurement of memory sees, at least")
     parser.add_argument("--peer", action="store_true", help="FusionBench beside it")
     parser.add_argument(
         "--dir", default="", help="where models are made and kept; a temporary folder by default"
