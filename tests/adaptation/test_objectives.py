@@ -7,6 +7,7 @@ import torch
 
 from adamerging.adaptation.adapt import adapt
 from adamerging.adaptation.objectives import OBJECTIVES, sample_entropy
+from adamerging.errors import UsageError
 from adaptation.toy import make_experts, make_tasks
 
 torch.manual_seed(0)
@@ -20,9 +21,16 @@ def entropy_of(row):
     return -sum(float(x) * math.log(float(x)) for x in p)
 
 
-def test_entropy():
-    found = OBJECTIVES["entropy"]().loss(LOGITS, None)
-    assert float(found) == pytest.approx(sum(map(entropy_of, LOGITS)) / 7, abs=1e-12)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_entropy(temperature):
+    found = OBJECTIVES["entropy"](temperature=temperature).loss(LOGITS, None)
+    assert float(found) == pytest.approx(sum(map(entropy_of, LOGITS / temperature)) / 7, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_entropy_needs_a_temperature_above_zero(temperature):
+    with pytest.raises(UsageError, match="above 0"):
+        OBJECTIVES["entropy"](temperature=temperature)
 
 
 def test_entropy_is_exact_where_probabilities_underflow():

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from ..errors import UsageError
+
 Target = Literal["none", "expert", "labels"]
 
 
@@ -39,9 +41,16 @@ def sample_entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(-1)
 
 
-def entropy() -> Objective:
-    """Mean prediction entropy (AdaMerging, arXiv 2310.02575)."""
-    return Objective("entropy", lambda logits, _: sample_entropy(logits).mean())
+def entropy(temperature: float = 1.0) -> Objective:
+    """Mean prediction entropy (AdaMerging, arXiv 2310.02575).
+
+    Args:
+        temperature: that the logits are divided by first; 1 is the paper's.
+            Above it the confident samples have a say too: their gradient is not yet flat.
+    """
+    if not temperature > 0:
+        raise UsageError(f"objective 'entropy': temperature (={temperature}) must be above 0")
+    return Objective("entropy", lambda logits, _: sample_entropy(logits / temperature).mean())
 
 
 def filtered_entropy(share: float = 0.4) -> Objective:
