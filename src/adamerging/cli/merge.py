@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..estimate import Estimate
     from ..recipe import Recipe
     from ..run import MergeResult, Prepared, Progress
+    from ..weights.fingerprint import Fingerprints
 
 _HOW = "How"
 _DATA = "Learning on data"
@@ -216,6 +217,15 @@ def _no_heads(heads: Sequence[str] | None) -> list[str]:
 
 
 def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
+    from ..weights.fingerprint import Fingerprints, likely_file
+
+    # Hashing takes a core for about as long as importing torch, which leaves the others idle.
+    sources = [] if dry_run else [recipe.base, *(expert.path for expert in recipe.experts.values())]
+    with Fingerprints(file for source in sources if (file := likely_file(source))) as prints:
+        _merge_hashed(recipe, prints, dry_run=dry_run, as_json=as_json)
+
+
+def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_json: bool) -> None:
     from ..run import check_out, execute, prepare_recipe
 
     prepared = prepare_recipe(recipe)
@@ -233,10 +243,12 @@ def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
 
             result = merge_with_tasks(
                 prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
-                transductive=recipe.transductive, progress=progress,
+                transductive=recipe.transductive, progress=progress, prints=prints,
             )  # fmt: skip
         else:
-            result = execute(prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress)
+            result = execute(
+                prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress, prints=prints
+            )
     _show_result(prepared, result, as_json)
 
 
