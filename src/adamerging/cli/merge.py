@@ -281,6 +281,8 @@ def _progress(prepared: Prepared) -> Iterator[Progress | None]:
 
 
 def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None:
+    from ..methods.decompositions import newly_kept
+
     record, out = result.record, result.out
     assert out is not None
     nbytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -303,6 +305,11 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
         console.print(scores_table(record))
     if record.get("statistics"):
         show.note(f"BatchNorm statistics: {record['statistics']}")
+    if nbytes := newly_kept():
+        show.note(
+            f"{show.size(nbytes)} of decompositions are kept for merges of the same experts; "
+            "adamerging cache --clear frees them"
+        )
     _tell(show.note, notes_of(prepared))
     _tell(show.warn, warnings)
 
