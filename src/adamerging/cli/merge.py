@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..weights.fingerprint import Fingerprints
 
 _HOW = "How"
-_DATA = "Learning on data"
 _OUTPUT = "Output"
 
 
@@ -89,7 +88,7 @@ def merge(
             metavar="PRESET|KEY=VALUE",
             help="Learn the coefficients on the data: a preset (recommended, paper, released, paper++, "
             "fusionbench) or a setting, as steps=200; may be repeated.",
-            rich_help_panel=_DATA,
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
     data: Annotated[
@@ -98,34 +97,18 @@ def merge(
             "--data",
             metavar="NAME=FILE",
             help="Unlabeled data for one expert; may be repeated.",
-            rich_help_panel=_DATA,
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
-    test: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--test",
-            metavar="NAME=FILE",
-            help="Labelled data to score on; may be repeated.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            metavar="NAME.KEY=VALUE",
-            help="Another key of a task, as sst2.max_length=64; may be repeated.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
+    test: flags.Tests = None,
+    task: flags.TaskKeys = None,
     transductive: Annotated[
         bool | None,
         typer.Option(
             "--transductive/--no-transductive",
             help="Allow data to score on that was adapted to; the record says so.",
             show_default=False,
-            rich_help_panel=_DATA,
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
     out: Annotated[
