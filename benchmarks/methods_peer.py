@@ -107,9 +107,10 @@ PEER_OF = {"wudi": "wudi_adam"}
 """Rows that share a run of the peer's."""
 
 
-def make_models(folder: Path, count: int) -> None:
+def make_models(folder: Path, count: int, layers: int) -> None:
     """Base and experts, as Hugging Face folders; made once."""
     import torch
+    from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -121,22 +122,27 @@ def make_models(folder: Path, count: int) -> None:
         CLIPVisionConfig(
             hidden_size=768,
             intermediate_size=3072,
-            num_hidden_layers=12,
+            num_hidden_layers=layers,
             num_attention_heads=12,
             patch_size=32,
         )
     )
-    start = {name: value.clone() for name, value in model.state_dict().items()}
+    # As the model of the hub has it, whatever this version of transformers calls its parts.
+    start = {
+        f"vision_model.{name.removeprefix('vision_model.')}": value
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
     for number, path in enumerate(paths):
-        if (path / "model.safetensors").exists():
-            continue
         generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                value.copy_(start[name])
-                if number and value.is_floating_point():
-                    value.add_(1e-3 * change(value.shape, generator))
-        model.save_pretrained(path)
+        tensors = {
+            name: value + 1e-3 * change(value.shape, generator) if number else value
+            for name, value in start.items()
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        model.config.architectures = ["CLIPVisionModel"]
+        model.config.save_pretrained(path)
 
 
 def change(shape: Any, generator: Any, rank: int = 16) -> Any:
@@ -149,6 +155,11 @@ def change(shape: Any, generator: Any, rank: int = 16) -> Any:
     rows, columns = shape[0], noise[0].numel()
     left = torch.randn(rows, rank, generator=generator) / torch.arange(1, rank + 1).sqrt()
     return (left @ torch.randn(rank, columns, generator=generator)).reshape(shape) / 2 + 0.3 * noise
+
+
+def models_folder(args: argparse.Namespace) -> Path:
+    """Where the models of this size lie, and what was found of them."""
+    return Path(args.dir) / f"layers_{args.layers}"
 
 
 def names(count: int) -> list[str]:
@@ -221,7 +232,7 @@ class Bench:
     """Runs, and what was found; every finished run is kept as a file."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.folder = args, Path(args.dir)
+        self.args, self.folder = args, models_folder(args)
         self.results = self.folder / f"results_{args.experts}"
         self.results.mkdir(parents=True, exist_ok=True)
 
@@ -238,8 +249,8 @@ class Bench:
         return failed[0] if failed else {key: statistics.median(run[key] for run in runs) for key in keys}
 
     def _once(self, row: str, side: str, python: str | Path) -> dict[str, Any]:
-        command = [str(python), __file__, "--inner", side, "--only", row, "--dir", self.args.dir]
-        command += ["--experts", str(self.args.experts)]
+        command = [str(python), __file__, "--inner", side, "--only", row, "--dir", str(self.args.dir)]
+        command += ["--experts", str(self.args.experts), "--layers", str(self.args.layers)]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "ADAMERGING_DECOMPOSITIONS_GB": "0",
             "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": "",
@@ -274,9 +285,8 @@ class Bench:
             ]
             ratio = None if None in pair else pair[1] / pair[0]
             cells.append("" if ratio is None else f"**{ratio:.1f}**")
-        return (
-            f"| {row} | " + " | ".join([*cells, *self.difference(row, shared)]) + f" | {PAIRS[row].bound} |"
-        )
+        cells = [row, *cells, *self.difference(row, shared), PAIRS[row].bound]
+        return "| " + " | ".join(cells) + " |"
 
     def difference(self, row: str, shared: str) -> list[str]:
         """Both distances, kept too, since the weights are removed once they have been compared."""
@@ -297,6 +307,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help=f"rows, separated by commas: {', '.join(PAIRS)}")
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12, help="fewer for a trial")
     parser.add_argument("--runs", type=int, default=1, help="of each, for medians")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that one run may take")
     parser.add_argument("--dir", default=str(Path(tempfile.gettempdir()) / "adamerging-methods"))
@@ -311,15 +322,18 @@ def main() -> None:
         parser.error(f"no such rows: {', '.join(sorted(unknown))}")
 
     if args.inner:
-        folder, pair = Path(args.dir), PAIRS[rows[0]]
+        folder, pair = models_folder(args), PAIRS[rows[0]]
         out = folder / f"results_{args.experts}" / f"{rows[0]}.{args.inner}.safetensors"
         run = run_ours if args.inner == "ours" else run_theirs
         print(json.dumps(run(pair, folder, args.experts, out)))
         return
     peer = args.peer_env / "bin" / "python" if args.peer_env else peer_python()
-    make_models(Path(args.dir), args.experts)
+    make_models(models_folder(args), args.experts, args.layers)
     bench = Bench(args)
-    print(f"FusionBench {PEER_VERSION}; {args.experts} experts, {os.cpu_count()} cores\n")
+    head = (
+        f"FusionBench {PEER_VERSION}; {args.experts} experts of {args.layers} layers, {os.cpu_count()} cores"
+    )
+    print(head + "\n")
     head = "| | s | FusionBench, s | its time / ours | MB | FusionBench, MB | its memory / ours "
     head += "| same | largest | both bound by |"
     print(head + "\n" + "|---" * (head.count("|") - 1) + "|", flush=True)
