@@ -31,7 +31,7 @@ from .task_vectors import TaskVectors
 from .tasks.task import Task
 from .validation import make
 from .vocabulary import Vocabulary, extra, settle
-from .weights import Fingerprint, Spec, Weights, open_weights, sha256_file
+from .weights import Fingerprints, Spec, Weights, open_weights, sha256_file
 
 Progress = Callable[[int, int], None]
 """Called with (values read so far, values to read); from any thread."""
@@ -197,8 +197,17 @@ def execute(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    prints: Fingerprints | None = None,
 ) -> MergeResult:
-    """Merge what was prepared. Raises as `merge`."""
+    """Merge what was prepared. Raises as `merge`.
+
+    Args:
+        prepared: what is merged, and how.
+        out: folder to write.
+        overwrite: replace the folder of an earlier run.
+        progress: called with (values read, values to read).
+        prints: where hashing of the inputs may have begun.
+    """
     started = time.perf_counter()
     vectors = prepared.vectors
     if progress is not None:
@@ -207,17 +216,17 @@ def execute(
         body, heads = _in_memory(prepared)
         return MergeResult(prepared.plan, run_record(prepared, started), body=body, heads=heads)
     inputs = [vectors.base, *vectors.experts.values()]
-    with check_out(prepared, out, overwrite=overwrite) as folder:
+    files = [path for weights in inputs for path in weights.files]
+    with check_out(prepared, out, overwrite=overwrite) as folder, prints or Fingerprints() as prints:
         folder.require(prepared.nbytes)
-        prints = {path: Fingerprint(path) for weights in inputs for path in weights.files}
+        prints.begin(files)
         outputs = _write_body(prepared, folder) | write_heads(prepared, folder)
         masks: dict[str, Any] = {}
         if prepared.method.masks is not None:
-            files, masks["masks"] = write_masks(prepared, folder)
-            outputs |= files
+            written, masks["masks"] = write_masks(prepared, folder)
+            outputs |= written
         write_companions(prepared, folder)
-        hashes = {path: found.hexdigest() for path, found in prints.items()}
-        record = run_record(prepared, started, hashes, outputs) | masks
+        record = run_record(prepared, started, prints.of(files), outputs) | masks
         folder.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         folder.write_text("README.md", model_card(record))
         folder.commit()

@@ -149,6 +149,8 @@ class TaskVectors:
                 vectors[row].zero_()
             elif isinstance(source, Factors):
                 vectors[row] = _low_rank(source, start, stop, dtype)
+            elif torch.promote_types(source.dtype, dtype) == dtype:
+                torch.sub(source[start:stop], base, out=vectors[row])  # converts on the way
             else:
                 vectors[row].copy_(source[start:stop]).sub_(base)
         self._inspect(entry, vectors)

@@ -55,6 +55,42 @@ def test_a_merged_folder_an_export_and_an_expert_score_as_in_transformers(cli, m
         assert score["samples"] == 30 and score["normalised"] is None
 
 
+def test_the_share_of_an_expert_that_is_given(cli, models, merged):
+    data = models / "films_test.jsonl"
+    scored = ["evaluate", merged, "--test", f"films={data}", "--test", f"books={models / 'books_test.jsonl'}"]
+    given = [*scored, "--expert", f"films={models / 'films'}", "--base", models / "base"]
+    ended = cli(*given, "--json")
+    assert ended.code == 0, ended.err
+    row = json.loads(ended.out)
+    accuracy, _ = reference(models / "films", models / "base", data)
+    films, books = row["scores"]
+    assert films["normalised"] == pytest.approx(films["accuracy"] / accuracy)
+    assert books["normalised"] is None
+    assert row["settings"]["experts"]["films"] == {
+        "accuracy": pytest.approx(accuracy),
+        "from": str(models / "films"),
+    }
+    ended = cli(*given)
+    assert ended.out.splitlines()[0].split()[-2:] == ["of", "expert"]
+    assert "share of the experts' accuracy" in " ".join(ended.err.split())
+
+
+def test_the_share_of_experts_that_the_merge_scored_on_the_same_data(cli, models, tmp_path):
+    recipe, out = save_recipe(tmp_path, models), tmp_path / "scored"
+    ended = cli("merge", recipe, "--method", "average", "--out", out)
+    assert ended.code == 0, ended.err
+    record = json.loads((out / "run.json").read_text())["scores"]
+    experts = {row["task"]: row["accuracy"] for row in record["records"] if row["model"] == "expert"}
+    ended = cli("evaluate", out, "--recipe", recipe, "--json")
+    assert ended.code == 0, ended.err
+    row = json.loads(ended.out)
+    for score in row["scores"]:
+        assert score["normalised"] == pytest.approx(score["accuracy"] / experts[score["task"]])
+    assert {known["from"] for known in row["settings"]["experts"].values()} == {str(out / "run.json")}
+    ended = cli("evaluate", out, "--recipe", recipe, "--limit", 7, "--json")  # other data: nothing is known
+    assert [score["normalised"] for score in json.loads(ended.out)["scores"]] == [None] * 3
+
+
 def test_a_recipe_gives_the_data(cli, models, merged, tmp_path):
     recipe = save_recipe(tmp_path, models)
     ended = cli("evaluate", merged, "--recipe", recipe, "--limit", 9)
@@ -81,6 +117,11 @@ def test_a_recipe_gives_the_data(cli, models, merged, tmp_path):
         (["--only", "films"], 2, "give --recipe"),
         (["--task", "films.max_length=4"], 2, "no labelled data to score on for films"),
         (["--test", "films={films}", "--task", "films.max_lenght=4"], 2, "did you mean 'max_length'"),
+        (
+            ["--test", "films={films}", "--expert", "topics={films}"],
+            2,
+            "that are not scored: topics;",
+        ),
         (["--test", "films={films}", "--device", "tpu"], 2, "device (='tpu') cannot be used"),
     ],
 )

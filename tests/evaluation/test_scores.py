@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from adamerging.errors import UsageError
-from adamerging.evaluation import Score, accuracy, normalised_accuracy
+from adamerging.evaluation import logits_of, normalised_accuracy, score
+from adamerging.evaluation.metrics import Metrics, metrics
 from adamerging.tasks import Task, module_task
 
 X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [5.0, 4.0]])
@@ -35,22 +36,27 @@ def make_task() -> Task:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_each_sample_is_seen_once_and_counted(batch_size: int) -> None:
     module = Counting()
-    score = accuracy(module, make_task(), batch_size=batch_size)
-    assert score == Score(4, 5, (0, 1, 0, 1, 0))
-    assert score.accuracy == 0.8
+    found = score(module, make_task(), batch_size=batch_size)
+    assert found == metrics(X, torch.tensor(LABELS))
+    assert (found.correct, found.samples, found.accuracy) == (4, 5, 0.8)
     assert sorted(module.seen) == sorted(X.tolist())
 
 
 def test_samples_of_like_cost_go_together_and_keep_their_places() -> None:
     module = Counting()
     task = replace(make_task(), costs=lambda samples: [int(x.sum()) for x in samples.inputs])
-    assert accuracy(module, task, batch_size=2).predictions == (0, 1, 0, 1, 0)
+    assert task.evaluate is not None
+    assert torch.equal(logits_of(module, task, task.evaluate, batch_size=2), X)
     assert [sum(x) for x in module.seen] == [1, 1, 3, 3, 9]
 
 
+def with_accuracy(share: float) -> Metrics:
+    return Metrics(10, share, 0.0, 0.0, 0.0, 0.0)
+
+
 def test_normalised_accuracy_is_the_mean_of_ratios() -> None:
-    merged = {"a": Score(4, 10, ()), "b": Score(9, 10, ())}
-    experts = {"a": Score(8, 10, ()), "b": Score(9, 10, ())}
+    merged = {"a": with_accuracy(0.4), "b": with_accuracy(0.9)}
+    experts = {"a": with_accuracy(0.8), "b": with_accuracy(0.9)}
     assert normalised_accuracy(merged, experts) == pytest.approx(0.75)
     with pytest.raises(UsageError, match="different tasks"):
         normalised_accuracy({"a": merged["a"]}, experts)
@@ -58,4 +64,4 @@ def test_normalised_accuracy_is_the_mean_of_ratios() -> None:
 
 def test_a_task_without_labels_is_not_scored() -> None:
     with pytest.raises(UsageError, match="no labelled data to score on"):
-        accuracy(Counting(), module_task("t", X, model=Counting))
+        score(Counting(), module_task("t", X, model=Counting))

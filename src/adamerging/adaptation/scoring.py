@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from ..evaluation.scores import Score, accuracy, normalised_accuracy
+from ..evaluation.metrics import Metrics
+from ..evaluation.scores import normalised_accuracy
+from ..evaluation.scores import score as score_one
 from ..stream import Workers
 from ..task_vectors import TaskVectors
 from ..tasks.task import Task
@@ -27,9 +29,11 @@ class Scores:
 
     Attributes:
         by_model: by model (base, expert, average, start, merged) and task.
+        data: fingerprint of each task's labelled data, by which a later evaluation knows that it is the same.
     """
 
-    by_model: Mapping[str, Mapping[str, Score]]
+    by_model: Mapping[str, Mapping[str, Metrics]]
+    data: Mapping[str, str] = field(default_factory=dict)
 
     def records(self) -> list[dict[str, Any]]:
         """One record a model and task."""
@@ -38,7 +42,7 @@ class Scores:
                 "model": model,
                 "task": task,
                 "correct": score.correct,
-                "total": score.total,
+                "total": score.samples,
                 "accuracy": score.accuracy,
             }
             for model, scores in self.by_model.items()
@@ -62,7 +66,12 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``run.json``."""
-        return {"records": self.records(), "mean": self.mean(), "normalised": self.normalised()}
+        return {
+            "records": self.records(),
+            "mean": self.mean(),
+            "normalised": self.normalised(),
+            "data": dict(self.data),
+        }
 
 
 def score(
@@ -86,7 +95,7 @@ def score(
         for fill in list(models.values())[-1:]:
             fill()
         return None
-    found: dict[str, dict[str, Score]] = {}
+    found: dict[str, dict[str, Metrics]] = {}
     order = list(models)
     for name in [*order[:1], EXPERT, *order[1:]]:
         say(f"scores: {name}")
@@ -96,8 +105,9 @@ def score(
         for task, module in scored:
             if name == EXPERT:
                 body.load_expert(vectors, task.name)
-            found[name][task.name] = accuracy(module, task, device=body.device)
-    return Scores(found)
+            found[name][task.name] = score_one(module, task, device=body.device)
+    data = {task.name: task.evaluate.fingerprint for task, _ in scored if task.evaluate is not None}
+    return Scores(found, data)
 
 
 def average_into(body: Body, vectors: TaskVectors, workers: Workers) -> None:

@@ -21,10 +21,11 @@ from ..run import (
 )
 from ..stream import Workers
 from ..tasks.task import Task
+from ..weights import Fingerprints
 from .body import Body
 from .loop import estimate_statistics
 from .scoring import average_into, score
-from .session import hash_files, make_learner
+from .session import make_learner
 from .settings import resolve
 from .write import write_model, write_record
 
@@ -39,6 +40,7 @@ def merge_with_tasks(
     overwrite: bool = False,
     transductive: bool = False,
     progress: Progress | None = None,
+    prints: Fingerprints | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> MergeResult:
     """Merge by a method, in memory where the tasks' data is of use, else streaming.
@@ -53,6 +55,7 @@ def merge_with_tasks(
         overwrite: replace the folder of an earlier run.
         transductive: for the record.
         progress: of the merge.
+        prints: where hashing of the inputs may have begun.
         say: told what takes time.
 
     Raises:
@@ -62,14 +65,15 @@ def merge_with_tasks(
     lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
     estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking
     if not estimated and all(task.evaluate is None for task in tasks):
-        return execute(prepared, out=out, overwrite=overwrite, progress=progress)
+        return execute(prepared, out=out, overwrite=overwrite, progress=progress, prints=prints)
     if prepared.settings.tokenizer != "base":
         raise UsageError("data goes through the base's tokenizer; tokenizer: base")
     started = time.perf_counter()
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
     body, extra = _merge(prepared, tasks, progress, say, estimated)
-    with Workers(prepared.settings.threads) as workers:
-        hashes = hash_files([prepared.vectors.base, *prepared.vectors.experts.values()], workers)
+    inputs = [prepared.vectors.base, *prepared.vectors.experts.values()]
+    with prints or Fingerprints() as prints:
+        hashes = prints.of([path for weights in inputs for path in weights.files])
     record = run_record(prepared, started, hashes) | extra
     record |= {"transductive": transductive, "tasks": {task.name: dict(task.settings) for task in tasks}}
     if folder is None:

@@ -15,7 +15,8 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove everything in it.")] = False,
     as_json: flags.AsJson = False,
 ) -> None:
-    """Show or clear the disk cache: transformed task vectors, experts' predictions, scores.
+    """Show or clear the disk cache: transformed task vectors, decompositions, experts' predictions,
+    scores.
 
     What is removed is computed again when it is needed.
     """

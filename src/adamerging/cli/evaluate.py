@@ -30,16 +30,16 @@ def evaluate(
         list[str] | None,
         typer.Option("--only", metavar="NAME", help="Score this task of the recipe; may be repeated."),
     ] = None,
-    test: Annotated[
-        list[str] | None,
-        typer.Option("--test", metavar="NAME=FILE", help="Labelled data of one task; may be repeated."),
-    ] = None,
-    task: Annotated[
+    test: flags.Tests = None,
+    task: flags.TaskKeys = None,
+    expert: Annotated[
         list[str] | None,
         typer.Option(
-            "--task",
-            metavar="NAME.KEY=VALUE",
-            help="Another key of a task, as sst2.max_length=64; may be repeated.",
+            "--expert",
+            metavar="NAME=PATH",
+            help="The expert of a task: it is scored too, and the share of its accuracy is told. May be "
+            "repeated.",
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
     base: Annotated[
@@ -62,11 +62,17 @@ def evaluate(
 
     specs, own_base = _tasks(folder, recipe, only or [], flags.tasks_of([], test or [], task or []))
     with progress() as say:
-        row = run(folder, specs, base=base or own_base, limit=limit, device=device, say=say)
+        row = run(
+            folder, specs, base=base or own_base, experts=flags.named(expert or []), limit=limit,
+            device=device, say=say,
+        )  # fmt: skip
     if as_json:
         show.print_json(row.model_dump(mode="json"))
         return
     show.console().print(_table(row))
+    if row.settings.get("experts"):
+        sources = dict.fromkeys(known["from"] for known in row.settings["experts"].values())
+        show.note(f"of expert: the share of the experts' accuracy, as found for {', '.join(sources)}")
 
 
 def _tasks(
@@ -104,6 +110,8 @@ def _tasks(
 
 def _table(row: Row) -> Any:
     columns = ["task", ">samples", ">accuracy", ">95 %", ">macro-F1", ">ECE", ">NLL", ">entropy"]
+    shares = [score.normalised for score in row.scores]
+    told = any(share is not None for share in shares)
     rows: list[tuple[object, ...]] = [
         (
             score.task,
@@ -114,6 +122,7 @@ def _table(row: Row) -> Any:
             f"{score.ece:.3f}",
             f"{score.nll:.3f}",
             f"{score.entropy:.3f}",
+            *(["" if score.normalised is None else f"{score.normalised:.1%}"] if told else []),
         )
         for score in row.scores
     ]
@@ -122,5 +131,8 @@ def _table(row: Row) -> Any:
             sum(getattr(score, name) for score in row.scores) / len(row.scores)
             for name in ("accuracy", "macro_f1", "ece", "nll", "entropy")
         ]
-        rows.append(("mean", "", f"{mean[0]:.1%}", "", *(f"{value:.3f}" for value in mean[1:])))
-    return show.table("", columns, rows)
+        known = [share for share in shares if share is not None]
+        kept = f"{sum(known) / len(known):.1%}" if len(known) == len(shares) else ""
+        others = [f"{value:.3f}" for value in mean[1:]]
+        rows.append(("mean", "", f"{mean[0]:.1%}", "", *others, *([kept] if told else [])))
+    return show.table("", [*columns, ">of expert"] if told else columns, rows)

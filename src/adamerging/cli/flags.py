@@ -48,6 +48,7 @@ class Allow(str, Enum):
 
 _WHAT = "What is merged"
 _TENSORS = "Which tensors"
+DATA = "Data"
 
 Sources = Annotated[
     list[str] | None,
@@ -116,6 +117,24 @@ VocabularyFlag = Annotated[
         "--vocabulary",
         help="Where an expert's vocabulary grew: refuse (the default), or merge the rows that all share.",
         rich_help_panel=_TENSORS,
+    ),
+]
+Tests = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--test",
+        metavar="NAME=FILE",
+        help="Labelled data of one task to score on; may be repeated.",
+        rich_help_panel=DATA,
+    ),
+]
+TaskKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="NAME.KEY=VALUE",
+        help="Another key of a task, as sst2.max_length=64; may be repeated.",
+        rich_help_panel=DATA,
     ),
 ]
 Threads = Annotated[

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ..estimate import Estimate
     from ..recipe import Recipe
     from ..run import MergeResult, Prepared, Progress
+    from ..weights.fingerprint import Fingerprints
 
 _HOW = "How"
-_DATA = "Learning on data"
 _OUTPUT = "Output"
 
 
@@ -88,7 +88,7 @@ def merge(
             metavar="PRESET|KEY=VALUE",
             help="Learn the coefficients on the data: a preset (recommended, paper, released, paper++, "
             "fusionbench) or a setting, as steps=200; may be repeated.",
-            rich_help_panel=_DATA,
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
     data: Annotated[
@@ -97,34 +97,18 @@ def merge(
             "--data",
             metavar="NAME=FILE",
             help="Unlabeled data for one expert; may be repeated.",
-            rich_help_panel=_DATA,
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
-    test: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--test",
-            metavar="NAME=FILE",
-            help="Labelled data to score on; may be repeated.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            metavar="NAME.KEY=VALUE",
-            help="Another key of a task, as sst2.max_length=64; may be repeated.",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
+    test: flags.Tests = None,
+    task: flags.TaskKeys = None,
     transductive: Annotated[
         bool | None,
         typer.Option(
             "--transductive/--no-transductive",
             help="Allow data to score on that was adapted to; the record says so.",
             show_default=False,
-            rich_help_panel=_DATA,
+            rich_help_panel=flags.DATA,
         ),
     ] = None,
     out: Annotated[
@@ -216,6 +200,15 @@ def _no_heads(heads: Sequence[str] | None) -> list[str]:
 
 
 def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
+    from ..weights.fingerprint import Fingerprints, likely_file
+
+    # Hashing takes a core for about as long as importing torch, which leaves the others idle.
+    sources = [] if dry_run else [recipe.base, *(expert.path for expert in recipe.experts.values())]
+    with Fingerprints(file for source in sources if (file := likely_file(source))) as prints:
+        _merge_hashed(recipe, prints, dry_run=dry_run, as_json=as_json)
+
+
+def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_json: bool) -> None:
     from ..run import check_out, execute, prepare_recipe
 
     prepared = prepare_recipe(recipe)
@@ -233,10 +226,12 @@ def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
 
             result = merge_with_tasks(
                 prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
-                transductive=recipe.transductive, progress=progress,
+                transductive=recipe.transductive, progress=progress, prints=prints,
             )  # fmt: skip
         else:
-            result = execute(prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress)
+            result = execute(
+                prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress, prints=prints
+            )
     _show_result(prepared, result, as_json)
 
 
@@ -269,6 +264,8 @@ def _progress(prepared: Prepared) -> Iterator[Progress | None]:
 
 
 def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None:
+    from ..methods.decompositions import newly_kept
+
     record, out = result.record, result.out
     assert out is not None
     nbytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -291,6 +288,11 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
         console.print(scores_table(record))
     if record.get("statistics"):
         show.note(f"BatchNorm statistics: {record['statistics']}")
+    if nbytes := newly_kept():
+        show.note(
+            f"{show.size(nbytes)} of decompositions are kept for merges of the same experts; "
+            "adamerging cache --clear frees them"
+        )
     _tell(show.note, notes_of(prepared))
     _tell(show.warn, warnings)
 

@@ -12,36 +12,34 @@ if TYPE_CHECKING:
     from .inference import logits_of
     from .metrics import Metrics, metrics
     from .records import Comparison, Row, ScoreRecord, TaskRecord
-    from .scores import Score, accuracy, normalised_accuracy
+    from .scores import normalised_accuracy, score
 
 _HOME = {
     "Comparison": "records",
     "Metrics": "metrics",
     "Row": "records",
-    "Score": "scores",
     "ScoreRecord": "records",
     "TaskRecord": "records",
-    "accuracy": "scores",
     "compare": "compare",
     "evaluate": "folder",
     "logits_of": "inference",
     "metrics": "metrics",
     "normalised_accuracy": "scores",
+    "score": "scores",
 }
 
 __all__ = [
     "Comparison",
     "Metrics",
     "Row",
-    "Score",
     "ScoreRecord",
     "TaskRecord",
-    "accuracy",
     "compare",
     "evaluate",
     "logits_of",
     "metrics",
     "normalised_accuracy",
+    "score",
 ]
 
 

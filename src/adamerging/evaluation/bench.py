@@ -14,15 +14,13 @@ from ..adaptation.body import Body
 from ..adaptation.cache import content_of
 from ..adaptation.session import content_of_task, hash_files, make_device
 from ..adaptation.store import VectorStore
-from ..errors import UsageError
 from ..run import Prepared
 from ..stream import Workers
 from ..tasks.task import Samples, Task
 from .cache import Result, find, fingerprint, keep, own_fingerprint, result_key
 from .inference import Feed, logits_from
-from .intervals import accuracy_interval
-from .metrics import metrics
 from .records import CLEAN, ScoreRecord
+from .scores import labelled, measure, score_record
 from .settings import CompareSettings
 from .shift import conditions
 
@@ -181,9 +179,7 @@ class Bench:
         seats = self.outside if unseen else self.seats
         seat = seats[under or name]
         own = samples is None
-        samples = seats[name].task.evaluate if samples is None else samples
-        if samples is None or samples.labels is None:
-            raise UsageError(f"task '{name}' has no labelled data to score on; give evaluate")
+        samples = labelled(name, seats[name].task.evaluate if samples is None else samples)
         # The code of a module task has no fingerprint; within one run it is the same.
         known = (model, seat.head, seat.task.name, samples.fingerprint)
         key = result_key(model, seat.head, seat.task, samples)
@@ -191,11 +187,11 @@ class Bench:
         if result is None:
             feed = self._feed(seat, name, samples, own)
             found = logits_from(seat.module, seat.task, feed, self.device)
-            numbers = metrics(found, torch.tensor([int(label) for label in samples.labels]))
-            result = Result(numbers, found.argmax(-1), found if logits else None)
+            result = Result(measure(found, samples), found.argmax(-1), found if logits else None)
             keep(key, result)
             self._known[known] = replace(result, logits=None)
-        return Scored(self._record(name, condition, result, unseen), result)
+        bootstrap = self.settings.bootstrap
+        return Scored(score_record(name, result.metrics, bootstrap, condition, unseen=unseen), result)
 
     def _feed(self, seat: Seat, name: str, samples: Samples, own: bool) -> Feed:
         if not own:
@@ -205,24 +201,6 @@ class Bench:
             room = KEPT // (len(self.seats) + len(self.outside)) if seat.task.name == name else 0
             self._feeds[names] = Feed(seat.task, samples, keep=room)
         return self._feeds[names]
-
-    def _record(self, name: str, condition: str, result: Result, unseen: bool) -> ScoreRecord:
-        found = result.metrics
-        low, high = accuracy_interval(found.correct, found.samples, self.settings.bootstrap)
-        return ScoreRecord(
-            task=name,
-            condition=condition,
-            unseen=unseen,
-            samples=found.samples,
-            accuracy=found.accuracy,
-            accuracy_low=low,
-            accuracy_high=high,
-            macro_f1=found.macro_f1,
-            ece=found.ece,
-            nll=found.nll,
-            entropy=found.entropy,
-            normalised=None,
-        )
 
     def answers(self, expert: str) -> Iterator[tuple[str, str]]:
         """The other tasks that an expert can answer, each with the task whose module does.

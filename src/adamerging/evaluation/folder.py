@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adaptation.scoring import EXPERT
 from ..adaptation.session import make_device
 from ..errors import UsageError
 from ..output.folder import RECORD
@@ -20,12 +21,11 @@ from ..tasks.spec import TaskSpec
 from ..tasks.task import Task
 from ..validation import make
 from ..weights import Weights, open_weights
-from .bench import first
+from .bench import first, normalised
 from .cache import Result, find, fingerprint, keep, result_key
 from .inference import Feed, logits_from
-from .intervals import accuracy_interval
-from .metrics import metrics
-from .records import Row, ScoreRecord
+from .records import CLEAN, Row, ScoreRecord
+from .scores import measure, score_record
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def evaluate(
     tasks: Mapping[str, TaskSpec | Mapping[str, Any] | str | Path],
     *,
     base: Any = None,
+    experts: Mapping[str, str | Path] | None = None,
     limit: int | None = None,
     bootstrap: int = 1000,
     device: str = "cpu",
@@ -57,16 +58,20 @@ def evaluate(
         folder: that a merge wrote (heads lie in it), an expert's, or any classifier of transformers.
         tasks: by name the labelled data, or the keys of a task of a recipe (`tasks.spec.TaskSpec`).
         base: the base of a LoRA adapter; other folders need none.
+        experts: folders by task, which are scored too: the scores are normalised by theirs. Without, by those
+            that the merge recorded, where it scored its experts on the very same data.
         limit: score on the first so many samples of each task.
         bootstrap: resamples behind the intervals.
         device: where to compute.
         say: told what takes time.
 
     Returns:
-        Row: one score a task; `normalised` is None, since no expert is at hand.
+        Row: one score a task; `normalised` is None where nothing is known of the expert. ``settings`` says
+        what the experts' accuracies are and where they come from.
 
     Raises:
-        UsageError: a task that the folder lacks, no data, labels outside the head's range.
+        UsageError: a task that the folder lacks, an expert of no task that is scored, no data, labels outside
+            the head's range.
         WeightsError: the folder cannot be opened, or its record is damaged.
     """
     specs = {name: _spec(name, value) for name, value in tasks.items()}
@@ -84,14 +89,49 @@ def evaluate(
                 f"{path} has no task {', '.join(map(repr, lacking))}; it has "
                 f"{', '.join(opened.tasks) or 'none'}"
             )
-    scores, prints = [], {}
+    strangers = [name for name in experts or {} if name not in specs]
+    if strangers:
+        raise UsageError(
+            f"experts of tasks that are not scored: {', '.join(strangers)}; the tasks are {', '.join(specs)}"
+        )
+    scores, prints, data = [], {}, {}
     where = make_device(device)
     for name, task, module in _ready(opened, specs):
         say(f"scores: {name}")
         prints[name] = fingerprint(module.state_dict())
+        assert task.evaluate is not None
+        data[name] = first(task.evaluate, limit).fingerprint
         scores.append(_score(task, module.to(where), prints[name], where, limit, bootstrap))
-    whole = next(iter(prints.values())) if opened.tasks is None else None
-    return Row(label=str(folder), kind="plain", scores=scores, fingerprint=whole)
+    known = _recorded(path, data)
+    for name, expert in (experts or {}).items():
+        say(f"scores: the expert of {name}")
+        own = {name: specs[name]}
+        alone = evaluate(expert, own, base=base, limit=limit, bootstrap=1, device=device)
+        known[name] = (alone.scores[0].accuracy, str(expert))
+    return Row(
+        label=str(folder),
+        kind="plain",
+        scores=normalised(scores, {(name, CLEAN, False): share for name, (share, _) in known.items()}),
+        fingerprint=next(iter(prints.values())) if opened.tasks is None else None,
+        settings={"experts": {name: {"accuracy": share, "from": of} for name, (share, of) in known.items()}}
+        if known
+        else {},
+    )
+
+
+def _recorded(path: Path, data: Mapping[str, str]) -> dict[str, tuple[float, str]]:
+    """The experts' accuracies that the merge found on the same data, and where they are written."""
+    if not _was_merged(path):
+        return {}
+    found = json.loads((path / RECORD).read_text(encoding="utf-8")).get("scores")
+    if not isinstance(found, dict):
+        return {}
+    recorded = found.get("data") or {}
+    return {
+        row["task"]: (row["accuracy"], str(path / RECORD))
+        for row in found.get("records") or []
+        if row["model"] == EXPERT and row["task"] in data and recorded.get(row["task"]) == data[row["task"]]
+    }
 
 
 def tasks_of(folder: str | Path) -> tuple[str, ...] | None:
@@ -142,21 +182,14 @@ def _score(
 ) -> ScoreRecord:
     assert task.evaluate is not None
     samples = first(task.evaluate, limit)
-    assert samples.labels is not None
     config = getattr(module, "config", None)
     name = result_key(model, str(config), task, samples)
     result = find(name, len(samples), logits=False)
     if result is None:
         logits = logits_from(module, task, Feed(task, samples), device)
-        numbers = metrics(logits, torch.tensor([int(label) for label in samples.labels]))
-        result = Result(numbers, logits.argmax(-1))
+        result = Result(measure(logits, samples), logits.argmax(-1))
         keep(name, result)
-    found = result.metrics
-    low, high = accuracy_interval(found.correct, found.samples, bootstrap)
-    return ScoreRecord(
-        task=task.name, samples=found.samples, accuracy=found.accuracy, accuracy_low=low, accuracy_high=high,
-        macro_f1=found.macro_f1, ece=found.ece, nll=found.nll, entropy=found.entropy,
-    )  # fmt: skip
+    return score_record(task.name, result.metrics, bootstrap)
 
 
 def _spec(name: str, value: TaskSpec | Mapping[str, Any] | str | Path) -> TaskSpec:

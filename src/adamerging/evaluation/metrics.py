@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional
 
@@ -66,6 +65,8 @@ def metrics(logits: Tensor, labels: Tensor) -> Metrics:
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite().all(1)).sum())
         raise NonFiniteError(f"the model's outputs are NaN or infinite for {bad} of {len(labels)} samples")
+    from sklearn.metrics import f1_score  # takes a second to load
+
     logs = logits.double().log_softmax(-1)
     probabilities = logs.exp()
     confidence, predicted = probabilities.max(-1)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .record import FinetuneResult
     from .run import Outcome, finetune
     from .settings import FinetuneRecipe, FinetuneSettings, FinetuneTask, LoraSettings, load_finetune_recipe
-    from .texts import LabelledTexts, finetune_text, read_jsonl, text_logits
+    from .texts import LabelledTexts, finetune_text, text_logits
 
 _HOME = {
     "FinetuneRecipe": "settings",
@@ -25,7 +25,6 @@ _HOME = {
     "finetune_text": "texts",
     "load_finetune_recipe": "settings",
     "mean_pool": "heads",
-    "read_jsonl": "texts",
     "text_logits": "texts",
     "zero_shot_head": "heads",
 }
@@ -42,7 +41,6 @@ __all__ = [
     "finetune_text",
     "load_finetune_recipe",
     "mean_pool",
-    "read_jsonl",
     "text_logits",
     "zero_shot_head",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,14 +30,6 @@ class LabelledTexts(NamedTuple):
 
     texts: Sequence[str]
     labels: Sequence[int]
-
-
-def read_jsonl(path: PathLike) -> LabelledTexts:
-    """Read ``{"text": str, "label": int}`` lines, gzipped if the name ends in ``.gz``."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    return LabelledTexts([row["text"] for row in rows], [row["label"] for row in rows])
 
 
 def finetune_text(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UsageError, WeightsError
 from ..tasks.huggingface import processor_folder, quiet, read_json, tokenizer_of
 from ..tasks.image_classification import Pixels
-from ..tasks.task import Samples, Task
+from ..tasks.task import Inputs, Samples, Task
 from ..tasks.text_classification import FixedHead, Tokenised, pooling_of
 from ..weights.source import Weights
 from .heads import about_head
@@ -39,17 +39,8 @@ def text_learner(
     texts = Tokenised(name, tokenizer, settings.max_length, remember=len(train) + len(val))
     texts.bind(base, base, module)
     module, head = _maybe_adapted(module, head, settings, base, "SEQ_CLS")
-    return Learner(
-        task=Task(
-            name=name,
-            skeleton=copies(module),
-            forward=lambda model, inputs: model(**inputs).logits,
-            collate=texts.collate,
-            costs=texts.costs,
-        ),
-        module=module, head=head, train=train, val=val, label_names=label_names,
-        save=_saver(tokenizer.save_pretrained),
-    )  # fmt: skip
+    task = Task(name, copies(module), _logits, texts.collate, costs=texts.costs)
+    return Learner(task, module, head, train, val, label_names, _saver(tokenizer.save_pretrained))
 
 
 def embedding_learner(
@@ -88,16 +79,8 @@ def embedding_learner(
         about = about_head(label_names, fixed.pooling)
         save_file({"weight": weight.contiguous()}, folder / "heads" / f"{name}.safetensors", about)
 
-    return Learner(
-        task=Task(
-            name=name,
-            skeleton=copies(module),
-            forward=fixed.logits,
-            collate=texts.collate,
-            costs=texts.costs,
-        ),
-        module=module, head=head, train=train, val=val, label_names=label_names, save=_saver(beside),
-    )  # fmt: skip
+    task = Task(name, copies(module), fixed.logits, texts.collate, costs=texts.costs)
+    return Learner(task, module, head, train, val, label_names, _saver(beside))
 
 
 def image_learner(
@@ -119,15 +102,13 @@ def image_learner(
         if found is not None:
             shutil.copy(found / "preprocessor_config.json", folder)
 
-    return Learner(
-        task=Task(
-            name=name,
-            skeleton=copies(module),
-            forward=lambda model, inputs: model(**inputs).logits,
-            collate=pixels.collate,
-        ),
-        module=module, head=head, train=train, val=val, label_names=label_names, save=_saver(beside),
-    )  # fmt: skip
+    task = Task(name, copies(module), _logits, pixels.collate)
+    return Learner(task, module, head, train, val, label_names, _saver(beside))
+
+
+def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    found: Tensor = model(**inputs).logits
+    return found
 
 
 def word_embeddings(module: nn.Module) -> list[str]:

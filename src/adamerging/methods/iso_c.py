@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .decompositions import kept
 from .registry import register
 from .spectral import merging_matrices
 from .stage import Chunk, Method
@@ -25,6 +26,10 @@ def iso_c(as_vectors: list[str] | None = None) -> Method:
 
 
 def _flatten(_: Chunk, matrices: Tensor) -> Tensor:
-    left, values, right = torch.linalg.svd(matrices.sum(0), full_matrices=False)
-    flat: Tensor = values.mean() * (left @ right)
-    return flat
+    total = matrices.sum(0)
+    return kept("flattened spectrum", total, {"flat": tuple(total.shape)}, _flattened)[0]
+
+
+def _flattened(total: Tensor) -> tuple[Tensor]:
+    left, values, right = torch.linalg.svd(total, full_matrices=False)
+    return (values.mean() * (left @ right),)

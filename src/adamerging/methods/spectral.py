@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from .decompositions import kept
 from .stage import Chunk, Method, Stage
 
 TEXT_PROJECTION = ("*text_projection*",)
@@ -101,8 +103,8 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` leading singular triplets of ``(m, n)``: U ``(m, rank)``, S ``(rank,)``, V ``(rank, n)``.
 
     From the eigenvectors of the smaller Gram matrix in float64, which is several times faster than a
-    singular value decomposition and as exact for leading triplets. A triplet of a zero singular value is
-    zero.
+    singular value decomposition and as exact for leading triplets; they are kept on disk, see
+    `decompositions`. A triplet of a zero singular value is zero.
     """
     if matrix.shape[0] > matrix.shape[1]:
         left, values, right = leading(matrix.T, rank)
@@ -111,12 +113,18 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if rank == 0 or not matrix.any():  # an expert that left this tensor alone
         rows, columns = matrix.shape
         return wide.new_zeros(rows, rank), wide.new_zeros(rank), wide.new_zeros(rank, columns)
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
-    left = vectors[:, -rank:].flip(1)
-    values = squares[-rank:].flip(0).clamp_min(0).sqrt()
+    shapes = {"left": (len(matrix), rank), "squares": (rank,)}
+    left, squares = kept("leading eigenvectors of the Gram matrix", wide, shapes, partial(_eigen, rank=rank))
+    values = squares.clamp_min(0).sqrt()
     present = values > values.max() * 1e-7
     right = (left.T @ wide) * torch.where(present, 1 / values, 0.0)[:, None]
     return left * present, values * present, right
+
+
+def _eigen(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Of ``matrix @ matrix.T`` the leading eigenvectors ``(m, rank)`` and eigenvalues, the largest first."""
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    return vectors[:, -rank:].flip(1), squares[-rank:].flip(0)
 
 
 def orthogonalise(columns: Tensor) -> Tensor:
