@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .tasks.task import Samples, Task
 from .tasks.text_classification import embedding_text_task, read_head, text_task
 from .tasks.zero_shot_image import zero_shot_image_task
 from .weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from .routing.routes import Routes
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -96,6 +99,7 @@ class MergedModel:
         self._body, self._model, self._head = body, model, head or {}
         self._shared: dict[str, Tensor] = {}
         self._own = masked_names(folder) if "masks" in record else frozenset()
+        self._routes: Routes | None = None
         self._ready: dict[str, _Ready] = {}
 
     def module(self, task: str) -> nn.Module:
@@ -179,6 +183,35 @@ class MergedModel:
             known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
         return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
+    def complete(self, task: str, module: nn.Module) -> None:
+        """Put into a task's module what the folder keeps beside the body, where it routes by input.
+
+        Args:
+            task: its name.
+            module: as a task's skeleton makes it of `parts`.
+
+        Raises:
+            WeightsError: the folder is not whole.
+        """
+        if "routing" not in self.record:
+            return
+        from .routing.folder import open_routes
+
+        if self._routes is None:
+            self._routes = open_routes(self.folder, self._body, self.record["routing"], self.device)
+        self._routes.install(module, self._names(module), f"the model of task '{task}'")
+
+    def _names(self, module: nn.Module) -> dict[int, str]:
+        """The body's name of a module's tensors, by their ids."""
+        prefix = f"{getattr(module, 'base_model_prefix', '')}."
+        found = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            names = (name, name.removeprefix(prefix))
+            stored = next((self._body.aliases.get(n, n) for n in names if self._has(n)), None)
+            if stored is not None:
+                found[id(tensor)] = stored
+        return found
+
     def _check(self, task: str) -> None:
         if task not in self.tasks:
             raise UsageError(f"{self.folder} has no task '{task}'; it has {', '.join(self.tasks) or 'none'}")
@@ -211,6 +244,7 @@ class MergedModel:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
         module = task.skeleton(part, self._body_of(name))
         self._share(module, part)
+        self.complete(name, module)
         return _Ready(task, kind, module.to(self.device), names)
 
     def _body_of(self, name: str) -> Weights:
@@ -301,6 +335,21 @@ def load(
     return MergedModel(path, open_weights(path), record, model=model, head=head, device=device)
 
 
+def load_module(folder: str | Path, task: str, *, device: torch.device | str = "cpu") -> nn.Module:
+    """One task's model of a merged folder: the class of transformers, ready to run, also where it routes.
+
+    Args:
+        folder: that a merge wrote.
+        task: whose head.
+        device: where the tensors shall live.
+
+    Raises:
+        UsageError: no such task, or a model that is none of transformers (see `load`).
+        WeightsError: not a folder with weights, or it is damaged.
+    """
+    return load(folder, device=device).module(task)
+
+
 def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
     """Write one task's whole classifier, as plain transformers loads it: body, head, tokenizer.
 
@@ -311,11 +360,16 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
         overwrite: replace the folder of an earlier export.
 
     Raises:
-        UsageError: no such task, or one that is no classifier of transformers.
+        UsageError: no such task, one that is no classifier of transformers, or a model that routes by input.
         WeightsError: the folder cannot be opened.
         OutputError: the output cannot be written.
     """
     merged = load(folder)
+    if "routing" in merged.record:
+        raise UsageError(
+            f"{folder} routes by input: its MLPs have other weights for every input, which no class of plain "
+            "transformers has. Use it as it is: adamerging predict, adamerging.load or adamerging.load_module"
+        )
     kind = merged.kind(task)
     if kind not in ("text", "image"):
         raise UsageError(
