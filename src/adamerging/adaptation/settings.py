@@ -41,7 +41,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fusionbench": {"steps": 1000, "clamp": "none"},
     # WEMoE: the MLPs mixed for every input by small routers, learned by entropy (arXiv 2402.00433).
     "wemoe": {"route": "wemoe", "steps": 1000, "clamp": "none"},
-    # The same within minutes on a processor: fewer and larger steps, and the experts' predictions to learn from.
+    # The same within minutes on a processor: fewer, larger steps, and the experts' predictions as targets.
     "wemoe_budget": {
         "route": "wemoe",
         "objective": "agreement",
@@ -146,7 +146,7 @@ def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings
     ]
     if useless:
         raise UsageError(
-            f"adapt: {', '.join(useless)} is for coefficients; with route: {settings.route} routers are learned"
+            f"adapt: {', '.join(useless)} is for coefficients; route: {settings.route} learns routers instead"
         )
     route_options(settings.route or "", settings.route_options)
     return settings.model_copy(update={"granularity": "task", "clamp": "none", "coefficients": None})

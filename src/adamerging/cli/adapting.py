@@ -82,7 +82,7 @@ def _show(result: AdaptResult, as_json: bool) -> None:
     console = show.console()
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
     console.print(
-        f"Learned {record['coefficients']} coefficients for {len(record['experts'])} experts by "
+        f"Learned {_what(record)} for {len(record['experts'])} experts by "
         f"{record['adapt']['objective']}{said}, and merged into {out}: "
         f"{show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
@@ -95,6 +95,17 @@ def _show(result: AdaptResult, as_json: bool) -> None:
         console.print(scores_table(record))
     for text in result.warnings:
         show.warn(text)
+
+
+def _what(record: Mapping[str, Any]) -> str:
+    """What was learned, in words."""
+    routing = record.get("routing")
+    if routing is None:
+        return f"{record['coefficients']} coefficients"
+    return (
+        f"the routers of {len(routing['sites'])} MLPs ({record['coefficients']:,} numbers; the model routes by "
+        f"input and has {routing['parameters']['times']:.1f} times the parameters of one)"
+    )
 
 
 def _checks(record: Mapping[str, Any]) -> Any:
@@ -135,9 +146,12 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         )
         return
     console = show.console()
+    what = f"{settings.granularity}-wise coefficients"
+    if settings.route is not None:
+        what = f"routers ({settings.route})"
     console.print(
-        f"Would learn {settings.granularity}-wise coefficients for {', '.join(prepared.vectors.tasks)} by "
-        f"{settings.objective}, in {found.steps} steps.",
+        f"Would learn {what} for {', '.join(prepared.vectors.tasks)} by {settings.objective}, in "
+        f"{found.steps} steps.",
         soft_wrap=True,
     )
     console.print()
@@ -148,7 +162,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     console.print()
     cached = f"{show.size(found.cached)} in {found.cache}" if found.cached else "experts' predictions only"
     rows = [
-        ("coefficients", f"{found.coefficients:,} at most"),
+        ("coefficients" if settings.route is None else "routers", f"{found.coefficients:,} at most"),
         ("disk cache", cached),
         ("memory", f"about {show.size(found.memory)}, and the activations of one batch"),
         ("write", show.size(found.disk)),

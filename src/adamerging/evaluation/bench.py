@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptation.body import Body
-from ..adaptation.cache import content_of
+from ..adaptation.cache import content_of, key
 from ..adaptation.session import content_of_task, hash_files, make_device
 from ..adaptation.store import VectorStore
 from ..errors import UsageError
@@ -60,6 +60,19 @@ class Seat:
     unseen: bool = False
 
 
+@dataclass(frozen=True)
+class Addition:
+    """What a model has put into the tasks' modules beside the body.
+
+    Attributes:
+        remove: takes it out again.
+        fingerprint: of it.
+    """
+
+    remove: Callable[[], None]
+    fingerprint: str
+
+
 class Bench:
     """Opened weights, one working body, and the tasks attached to it.
 
@@ -67,6 +80,7 @@ class Bench:
         seats: the experts' tasks by name, each with its own module over the body.
         outside: tasks that are scored without their expert by name (see `outsiders`), each with the module
             of another task and a head of its own; a task that is left out of a group is in both.
+        addition: what the model that was made last has beside its body; None where it is the body alone.
 
     Args:
         prepared: base, experts and plan, opened once for all rows.
@@ -93,6 +107,7 @@ class Bench:
         self.device = make_device(device)
         self.hashes = hash_files([vectors.base, *vectors.experts.values()], workers)
         self.body = Body(vectors, self.device)
+        self.addition: Addition | None = None
         self.seats: dict[str, Seat] = {}
         self.outside: dict[str, Seat] = {}
         self._feeds: dict[tuple[str, str, bool], Feed] = {}
@@ -138,8 +153,15 @@ class Bench:
         return replace(self.prepared, vectors=self.prepared.vectors.like(experts), relatedness=related)
 
     def fingerprint(self) -> str:
-        """Of the body as it is now."""
-        return fingerprint(self.body.tensors)
+        """Of the body as it is now, and of what the modules have beside it."""
+        found = fingerprint(self.body.tensors)
+        return found if self.addition is None else key(found, self.addition.fingerprint)
+
+    def plain(self) -> None:
+        """Take what the last model had beside its body out of the modules."""
+        if self.addition is not None:
+            self.addition.remove()
+            self.addition = None
 
     def scored_tasks(self) -> list[str]:
         """Names of the tasks with labelled data, in order."""
@@ -186,14 +208,14 @@ class Bench:
             raise UsageError(f"task '{name}' has no labelled data to score on; give evaluate")
         # The code of a module task has no fingerprint; within one run it is the same.
         known = (model, seat.head, seat.task.name, samples.fingerprint)
-        key = result_key(model, seat.head, seat.task, samples)
-        result = find(key, len(samples), logits=logits) or (None if logits else self._known.get(known))
+        stored = result_key(model, seat.head, seat.task, samples)
+        result = find(stored, len(samples), logits=logits) or (None if logits else self._known.get(known))
         if result is None:
             feed = self._feed(seat, name, samples, own)
             found = logits_from(seat.module, seat.task, feed, self.device)
             numbers = metrics(found, torch.tensor([int(label) for label in samples.labels]))
             result = Result(numbers, found.argmax(-1), found if logits else None)
-            keep(key, result)
+            keep(stored, result)
             self._known[known] = replace(result, logits=None)
         return Scored(self._record(name, condition, result, unseen), result)
 

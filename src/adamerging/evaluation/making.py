@@ -141,7 +141,8 @@ class Maker:
 
         return replace(merged, own=own, seconds=seconds, warnings=[*merged.warnings, PER_TASK])
 
-    def _data(self) -> dict[str, Task]:
+    def data(self) -> dict[str, Task]:
+        """The tasks of the experts that take part, with their data."""
         return {
             name: self.tasks.get(name, self.bench.seats[name].task)
             for name in self.experts
@@ -167,7 +168,7 @@ class Maker:
             prepared: of these experts.
             rounds: batches of every task.
         """
-        tasks = self._data()
+        tasks = self.data()
         averaged = bool(prepared.plan.with_treatment("averaged"))
         if not averaged or not all(name in tasks and tasks[name].adapt for name in self.experts):
             return None
@@ -194,8 +195,13 @@ class Maker:
             raise UsageError(f"no data to learn from for {', '.join(lacking)}; give them under tasks")
         started = time.perf_counter()
         settings = settings.model_copy(update={"device": str(bench.device)})
+        if settings.route is not None:
+            from ..routing.comparing import learned_routes
+
+            return learned_routes(self, prepared, settings, state_file)
+        bench.plain()
         session = begin(
-            prepared, self._data().values(), settings, bench.workers, self.say, body=bench.body,
+            prepared, self.data().values(), settings, bench.workers, self.say, body=bench.body,
             modules=bench.modules, hashes=bench.hashes,
         )  # fmt: skip
         try:
@@ -206,6 +212,7 @@ class Maker:
         applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
 
         def again() -> None:
+            bench.plain()
             bench.body.reset(prepared.vectors)
             session.store.materialise(bench.body.tensors, applied, session.where)
             bench.body.load_statistics(state.statistics)
@@ -223,9 +230,13 @@ class Maker:
         )
 
     def _timed(self, fill: Callable[[], None]) -> Made:
+        def again() -> None:
+            self.bench.plain()
+            fill()
+
         started = time.perf_counter()
-        fill()
-        return Made(fill, seconds=time.perf_counter() - started)
+        again()
+        return Made(again, seconds=time.perf_counter() - started)
 
 
 def _weights(weights: Any, experts: Sequence[str]) -> Any:

@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 MIXED_VALUES = 1 << 23
 """Values of mixed weights that are held at a time: 32 MiB in float32."""
 FEW = 4
-"""K · T up to K plus this many tokens goes by activations: writing and reading mixed weights takes time too."""
+"""K · T up to K plus this many goes by activations: mixed weights must be written and read as well."""
 
 
 def mixed_linear(x: Tensor, gates: Tensor, weight: Tensor, change: Tensor, turned: bool) -> Tensor:
-    """y = x (W + Σ_t g_t Δ_t)ᵀ, ``(B, T, I) → (B, T, O)``, in the arguments' one dtype.
+    """A batch times its samples' weights: x (W + Σ_t g_t Δ_t)ᵀ, ``(B, T, O)`` in the arguments' one dtype.
 
     Args:
         x: ``(B, T, I)``.
@@ -38,7 +38,7 @@ def mixed_linear(x: Tensor, gates: Tensor, weight: Tensor, change: Tensor, turne
         way = "bti,kio->btko" if turned else "bti,koi->btko"
         parts = torch.einsum(way, x, change)
         return x @ (weight if turned else weight.T) + (parts * gates[:, None, :, None]).sum(2)
-    made: Tensor = _Mixed.apply(x, gates, weight, change, turned)
+    made: Tensor = _Mixed.apply(x, gates, weight, change, turned)  # type: ignore[no-untyped-call]
     return made
 
 

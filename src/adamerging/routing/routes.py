@@ -45,10 +45,17 @@ class Routes:
         """Those of the routers, in order."""
         return [parameter for router in self.routers for parameter in router.parameters()]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name."""
+        found: dict[str, Tensor] = {f"base.{name}": tensor for name, tensor in self.base.items()}
+        found |= {f"change.{name}": tensor for name, tensor in self.changes.items()}
+        for number, router in enumerate(self.routers):
+            found |= {f"router.{number}.{name}": tensor for name, tensor in router.state_dict().items()}
+        return found
+
     def stored(self) -> int:
         """Numbers that a model keeps for routing: base and change of every map, and the routers."""
-        parts: list[Tensor] = [*self.base.values(), *self.changes.values(), *self.parameters()]
-        return sum(part.numel() for part in parts)
+        return sum(tensor.numel() for tensor in self.state_dict().values())
 
     def install(self, module: nn.Module, names: Mapping[int, str], label: str) -> Callable[[], None]:
         """Put routed maps into a module in the place of the plain ones.

@@ -1,9 +1,9 @@
-"""A run of adaptation that learns routers: what is routed is put into the tasks' modules, then the loop runs."""
+"""A run of adaptation that learns routers: routed maps are put into the modules, then the loop runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from ..adaptation.session import Session, learn
 from ..adaptation.stack import COMBINED
 from ..adaptation.state import State
 from ..adaptation.store import VectorStore
+from ..evaluation.cache import fingerprint
 from ..plan import Entry
 from .routes import Routes, make_routes
 from .settings import route_options
-from .sites import Site, find_sites, linear_maps
+from .sites import Site, find_sites, input_width, linear_maps
 from .store import RouterStore
 
 LOOKED_AT = 64
@@ -34,15 +35,34 @@ class RoutedSession:
         session: its store are the routers, its layout a gate for each expert and site.
         routes: in the modules of all tasks.
         start: makes the body the merge that all tensors outside the sites are taken from.
-        remove: takes everything out of the modules again.
+        names: the base's name of each tensor of the body, by its id.
         model: how many numbers one model has, heads apart.
     """
 
     session: Session
     routes: Routes
     start: Callable[[], None]
-    remove: Callable[[], None]
+    names: Mapping[int, str]
     model: int
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def install(self) -> Callable[[], None]:
+        """Put the routed maps into the modules of all tasks; what takes them out again is returned."""
+        if not self._undo:
+            self._undo = [
+                self.routes.install(learner.module, self.names, f"the model of task '{learner.task.name}'")
+                for learner in self.session.learners
+            ]
+        return self.remove
+
+    def remove(self) -> None:
+        """Take the routed maps out of the modules."""
+        while self._undo:
+            self._undo.pop()()
+
+    def fingerprint(self) -> str:
+        """Of all that the modules have beside the body."""
+        return fingerprint(self.routes.state_dict())
 
     @property
     def times(self) -> float:
@@ -78,24 +98,12 @@ def route(session: Session) -> RoutedSession:
     sites = find_sites(first.module, names, run, store.entries(), vectors.places, options.mlp)
     base, changes = read_changes(session, store, sites)
     maps = linear_maps(first.module, names)
-    leads = [maps[site.maps[0][0]] for site in sites]
-    widths = [
-        int(lead.in_features if isinstance(lead, torch.nn.Linear) else lead.weight.shape[0]) for lead in leads
-    ]
+    widths = [input_width(maps[site.maps[0][0]]) for site in sites]
     dtype = body.tensors[sites[0].maps[0][0]].dtype
     routes = make_routes(vectors.tasks, sites, base, changes, widths, options.hidden, dtype, body.device)
     chance = torch.Generator().manual_seed(settings.seed)
     for router in routes.routers:
         router.start(options.std, settings.initial, chance)
-    undo = [
-        routes.install(learner.module, names, f"the model of task '{learner.task.name}'")
-        for learner in session.learners
-    ]
-
-    def remove() -> None:
-        for step in undo:
-            step()
-
     values = start_values(session)
     where = session.where
 
@@ -111,7 +119,9 @@ def route(session: Session) -> RoutedSession:
         where=Layout("block", vectors.tasks, spans, groups),
     )
     size = sum(tensor.numel() for tensor in body.tensors.values())
-    return RoutedSession(changed, routes, start, remove, size)
+    routed = RoutedSession(changed, routes, start, names, size)
+    routed.install()
+    return routed
 
 
 def start_values(session: Session) -> Tensor:

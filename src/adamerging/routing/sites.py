@@ -1,4 +1,4 @@
-"""Which linear maps of a model are routed: the feed-forward maps of its blocks, told from names and modules."""
+"""Which linear maps of a model are routed: the feed-forward maps of its blocks, by names and modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blocks import Place
@@ -62,6 +62,13 @@ def candidates(
 def is_linear(part: nn.Module) -> bool:
     """Whether a module is a linear map: ``nn.Linear``, or the one of GPT-2 that stores it transposed."""
     return isinstance(part, (nn.Linear, Conv1D))
+
+
+def input_width(part: nn.Module) -> int:
+    """How many features go into a linear map."""
+    weight = part.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0 if isinstance(part, Conv1D) else 1])
 
 
 def linear_maps(module: nn.Module, names: Mapping[int, str]) -> dict[str, nn.Module]:
