@@ -103,8 +103,8 @@ def _what(record: Mapping[str, Any]) -> str:
     if routing is None:
         return f"{record['coefficients']} coefficients"
     return (
-        f"the routers of {len(routing['sites'])} MLPs ({record['coefficients']:,} numbers; the model routes by "
-        f"input and has {routing['parameters']['times']:.1f} times the parameters of one)"
+        f"the routers of {len(routing['sites'])} MLPs ({record['coefficients']:,} numbers; the model routes "
+        f"by input and has {routing['parameters']['times']:.1f} times the parameters of one)"
     )
 
 
