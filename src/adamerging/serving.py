@@ -31,6 +31,7 @@ from .weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from .routing.routes import Routes
+    from .routing.twin import TwinRoutes
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -99,7 +100,7 @@ class MergedModel:
         self._body, self._model, self._head = body, model, head or {}
         self._shared: dict[str, Tensor] = {}
         self._own = masked_names(folder) if "masks" in record else frozenset()
-        self._routes: Routes | None = None
+        self._routes: Routes | TwinRoutes | None = None
         self._ready: dict[str, _Ready] = {}
 
     def module(self, task: str) -> nn.Module:
@@ -146,6 +147,35 @@ class MergedModel:
         samples = Samples(items, None, "inputs", "")
         logits = logits_of(ready.module, ready.task, samples, batch_size=batch_size, device=self.device)
         return [_prediction(row, ready.names) for row in logits.softmax(-1)]
+
+    def route(self, inputs: Sequence[Any], *, batch_size: int = 32) -> list[dict[str, float]]:
+        """How much of each expert each input takes, by its name: the mean gate over all that is routed.
+
+        Args:
+            inputs: as `predict` takes them; no task need be known.
+            batch_size: inputs a forward pass.
+
+        Raises:
+            UsageError: a model that does not route, or inputs that are none.
+        """
+        if "routing" not in self.record:
+            raise UsageError(f"{self.folder} has the same weights for every input: it does not route")
+        if isinstance(inputs, str):
+            raise UsageError("inputs is one text; give a list of texts: [text]")
+        ready, items = self._get(self.tasks[0]), list(inputs)
+        if not items:
+            return []
+        check_inputs(items, _DATA_KINDS.get(ready.kind, "text"), "inputs to route")
+        assert self._routes is not None
+        found: list[dict[str, float]] = []
+        for start in range(0, len(items), batch_size):
+            batch = ready.task.collate(items[start : start + batch_size])
+            with torch.inference_mode():
+                ready.task.forward(ready.module, {name: t.to(self.device) for name, t in batch.items()})
+            gates = [gate.values for gate in self._routes.gates if gate.values is not None]
+            for row in torch.stack(gates).mean(0).tolist():
+                found.append(dict(zip(self._routes.tasks, row, strict=True)))
+        return found
 
     def stored(self, task: str) -> dict[str, Tensor]:
         """A task's tensors by the names and in the dtypes of the files they come from, tied ones once.

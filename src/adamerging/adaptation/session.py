@@ -81,6 +81,7 @@ def begin(
     body: Body | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     hashes: Mapping[Path, str] | None = None,
+    ask: bool = True,
 ) -> Session:
     """Check everything, build the stack, attach the tasks' modules, ask the experts.
 
@@ -93,6 +94,7 @@ def begin(
         body: a working body to use, on the device of the settings; a new one when None.
         modules: by task, attached to that body already.
         hashes: sha256 of the weight files, where they are known.
+        ask: ask the experts for their predictions.
 
     Raises:
         UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
@@ -130,7 +132,8 @@ def begin(
     session = Session(
         prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
     )
-    ask_experts(session, content, say)
+    if ask:
+        ask_experts(session, content, say)
     return session
 
 

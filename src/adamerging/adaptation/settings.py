@@ -56,6 +56,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "keep": "best",
         "precision": "auto",
     },
+    # Twin-Merging: a shared model and compressed differences, weighed by input (arXiv 2406.15479).
+    "twin": {
+        "route": "twin",
+        "steps": 300,
+        "schedule": "cosine",
+        "clamp": "none",
+        "held_out": 0.2,
+        "check_every": 100,
+    },
 }
 
 
@@ -78,7 +87,7 @@ class AdaptSettings(BaseModel):
         None,
         description="A method whose transform is applied to the task vectors first (ties for AdaMerging++).",
     )
-    route: Literal["wemoe"] | None = Field(
+    route: Literal["wemoe", "twin"] | None = Field(
         None, description="Learn routers that mix parts of the model for every input, not coefficients."
     )
     route_options: dict[str, Any] = Field({}, description="Options of the way to route.")

@@ -82,9 +82,8 @@ def _show(result: AdaptResult, as_json: bool) -> None:
     console = show.console()
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
     console.print(
-        f"Learned {_what(record)} for {len(record['experts'])} experts by "
-        f"{record['adapt']['objective']}{said}, and merged into {out}: "
-        f"{show.size(nbytes)} in {show.duration(record['seconds'])}.",
+        f"Learned {_what(record)} for {len(record['experts'])} experts by {_by(record)}{said}, and merged "
+        f"into {out}: {show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
     )
     if record["start"] is not None and record["end"] is not None:
@@ -103,9 +102,15 @@ def _what(record: Mapping[str, Any]) -> str:
     if routing is None:
         return f"{record['coefficients']} coefficients"
     return (
-        f"the routers of {len(routing['sites'])} MLPs ({record['coefficients']:,} numbers; the model routes "
+        f"the {routing['what']} ({record['coefficients']:,} numbers; the model routes "
         f"by input and has {routing['parameters']['times']:.1f} times the parameters of one)"
     )
+
+
+def _by(record: Mapping[str, Any]) -> str:
+    """What it was learned from, in words."""
+    found: str = record["adapt"]["objective"]
+    return found if record.get("routing", {}).get("domains") is None else "whose task an input is of"
 
 
 def _checks(record: Mapping[str, Any]) -> Any:

@@ -29,7 +29,7 @@ def learned_routes(
     bench.plain()
     session = begin(
         prepared, maker.data().values(), settings, bench.workers, maker.say, body=bench.body,
-        modules=bench.modules, hashes=bench.hashes,
+        modules=bench.modules, hashes=bench.hashes, ask=settings.route != "twin",
     )  # fmt: skip
     routed = route(session)
     try:
@@ -60,7 +60,7 @@ def learned_routes(
 
 def _gates(routed: RoutedSession, rows: list[dict[str, object]]) -> dict[str, Any]:
     """The mean gates in the place of coefficients, see `evaluation.records.Row`."""
-    names = [site.name for site in routed.routes.sites]
+    names = list(routed.routes.groups)
     values = [[row[task] for row in rows] for task in routed.routes.tasks]
     return {
         "granularity": "block", "tasks": list(routed.routes.tasks), "groups": names, "blocks": names,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ..adaptation.settings import AdaptSettings
 from ..task_vectors import TaskVectors
-from .settings import route_options
+from .settings import TwinOptions, route_options
 from .sites import candidates
+from .twin import rank_of
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,17 @@ def estimate_routes(vectors: TaskVectors, settings: AdaptSettings) -> RoutesEsti
     copies = 1 + len(vectors.tasks)
     widths: dict[str, int] = {}
     values = nbytes = 0
-    for name in candidates(list(entries.values()), vectors.places, options.mlp):
+    twin = isinstance(options, TwinOptions)
+    patterns = options.maps if twin else options.mlp
+    for name in candidates(list(entries.values()), vectors.places, patterns, attention=twin):
         spec = entries[name].spec
-        values += copies * spec.numel
-        nbytes += copies * spec.nbytes
-        block = vectors.places[name].block or name
+        count = copies * spec.numel
+        if twin:
+            rank = rank_of(options.rank, spec.shape)
+            count = len(vectors.tasks) * rank * sum(spec.shape)
+        values += count
+        nbytes += count * spec.dtype.itemsize
+        block = "model" if twin else vectors.places[name].block or name
         widths[block] = min(widths.get(block, spec.numel), *spec.shape)
     learned = 0
     for width in widths.values():

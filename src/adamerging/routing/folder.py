@@ -1,8 +1,9 @@
 """What a model that routes keeps beside its body, and how it comes back.
 
 A folder holds the body as any merge: the merge that everything outside the routed maps is taken from.
-``routing/base.safetensors`` has the routed maps of the base, ``routing/tasks/<task>.safetensors`` the task
-vector of each expert, ``routing/routers.safetensors`` the routers. The record says which maps share a router.
+``routing/tasks/<task>.safetensors`` has the task vector of each expert, or the factors of its difference to
+the body; ``routing/base.safetensors`` the routed maps of the base, where task vectors are added to them;
+``routing/routers.safetensors`` the routers. The record says which maps are routed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..output.tensors import write_tensors
 from ..weights import Spec, Weights, open_weights
 from .routes import Routes, make_routes
 from .sites import Site
+from .twin import LEFT, RIGHT, TwinRoutes, make_twin
 
 BASE = "routing/base.safetensors"
 ROUTERS = "routing/routers.safetensors"
@@ -30,7 +32,9 @@ def change_file(task: str) -> str:
     return f"routing/tasks/{task}.safetensors"
 
 
-def write_routes(folder: OutputFolder, routes: Routes, specs: Mapping[str, Spec]) -> dict[str, str]:
+def write_routes(
+    folder: OutputFolder, routes: Routes | TwinRoutes, specs: Mapping[str, Spec]
+) -> dict[str, str]:
     """Write what is routed; sha256 by file name.
 
     Args:
@@ -42,34 +46,38 @@ def write_routes(folder: OutputFolder, routes: Routes, specs: Mapping[str, Spec]
     metadata = {"format": "pt"}
 
     def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to(specs[name].dtype) for name, tensor in tensors.items()}
+        return {name: tensor.detach().to(specs[tensor_of(name)].dtype) for name, tensor in tensors.items()}
 
-    hashes = {BASE: write_tensors(folder.path / BASE, stored(routes.base), metadata)}
+    hashes = {}
+    if isinstance(routes, Routes):
+        hashes[BASE] = write_tensors(folder.path / BASE, stored(routes.base), metadata)
     for row, task in enumerate(routes.tasks):
-        own = stored({name: change[row] for name, change in routes.changes.items()})
+        own = stored({name: change[row] for name, change in routes.by_task().items()})
         hashes[change_file(task)] = write_tensors(folder.path / change_file(task), own, metadata)
-    routers = {
-        f"{number}.{name}": tensor
-        for number, router in enumerate(routes.routers)
-        for name, tensor in router.state_dict().items()
-    }
-    hashes[ROUTERS] = write_tensors(folder.path / ROUTERS, routers, metadata)
+    hashes[ROUTERS] = write_tensors(folder.path / ROUTERS, routes.learned(), metadata)
     return hashes
 
 
-def routes_nbytes(routes: Routes, specs: Mapping[str, Spec]) -> int:
+def tensor_of(name: str) -> str:
+    """The tensor of the body that a stored one is of."""
+    return name.removesuffix(LEFT).removesuffix(RIGHT)
+
+
+def routes_nbytes(routes: Routes | TwinRoutes, specs: Mapping[str, Spec]) -> int:
     """Bytes of the tensors that `write_routes` writes."""
-    copies = 1 + len(routes.tasks)
-    own = sum(tensor.numel() * specs[name].dtype.itemsize for name, tensor in routes.base.items())
-    return copies * own + sum(p.numel() * p.element_size() for p in routes.parameters())
+    fixed = {**routes.by_task(), **(routes.base if isinstance(routes, Routes) else {})}
+    own = sum(tensor.numel() * specs[tensor_of(name)].dtype.itemsize for name, tensor in fixed.items())
+    return own + sum(p.numel() * p.element_size() for p in routes.parameters())
 
 
-def routes_record(routes: Routes) -> list[dict[str, Any]]:
+def routes_record(routes: Routes | TwinRoutes) -> list[dict[str, Any]]:
     """The sites as plain data."""
     return [{"name": site.name, "maps": [list(pair) for pair in site.maps]} for site in routes.sites]
 
 
-def open_routes(folder: Path, body: Weights, record: Mapping[str, Any], device: torch.device) -> Routes:
+def open_routes(
+    folder: Path, body: Weights, record: Mapping[str, Any], device: torch.device
+) -> Routes | TwinRoutes:
     """What `write_routes` wrote.
 
     Args:
@@ -82,43 +90,61 @@ def open_routes(folder: Path, body: Weights, record: Mapping[str, Any], device: 
         WeightsError: a file is missing, damaged, or does not belong to the body.
     """
     try:
+        twin = {"wemoe": False, "twin": True}[record["kind"]]
         sites = [Site(site["name"], tuple((w, b) for w, b in site["maps"])) for site in record["sites"]]
         tasks = [str(task) for task in record["tasks"]]
     except (KeyError, TypeError, ValueError):
         raise WeightsError(f"{folder}: run.json does not say what is routed; merge again") from None
-    opened = open_weights(folder / BASE)
     experts = [open_weights(folder / change_file(task)) for task in tasks]
+    opened = experts[0] if twin else open_weights(folder / BASE)
     learned = open_weights(folder / ROUTERS)
     wanted = [name for site in sites for name in site.tensors]
+    own = [n for name in wanted for n in (_factors(name, sites) if twin else [name])]
+    leads = [f"{number}.first.weight" for number in range(1 if twin else len(sites))]
     wrong = [
         weights.label
         for weights in (opened, *experts)
-        if any(
-            name not in weights.specs or weights.specs[name].shape != _shape(body, name) for name in wanted
-        )
+        if not set(own) <= set(weights.specs) or not _fits(weights, body, own)
     ]
-    keys = [
-        f"{n}.{layer}.{leaf}"
-        for n in range(len(sites))
-        for layer in ("first", "second")
-        for leaf in ("weight", "bias")
-    ]
-    if wrong or any(key not in learned.specs for key in keys):
+    if wrong or any(lead not in learned.specs for lead in leads):
         raise WeightsError(
             f"{folder}: {', '.join(wrong) or learned.label} does not belong to this body; merge again"
         )
-    first = [learned.specs[f"{n}.first.weight"].shape for n in range(len(sites))]
-    base = {name: opened.read(name) for name in wanted}
-    changes = {name: torch.stack([expert.read(name) for expert in experts]) for name in wanted}
-    dtype = learned.specs[keys[0]].dtype
-    hidden = first[0][0] if len({shape[0] for shape in first}) == 1 else None
-    routes = make_routes(tasks, sites, base, changes, [shape[1] for shape in first], hidden, dtype, device)
+    changes = {name: torch.stack([expert.read(name) for expert in experts]) for name in own}
+    shapes, dtype = [learned.specs[lead].shape for lead in leads], learned.specs[leads[0]].dtype
+    routes: Routes | TwinRoutes
+    if twin:
+        routes = make_twin(tasks, sites, changes, shapes[0][1], shapes[0][0], dtype, device)
+    else:
+        base = {name: opened.read(name) for name in wanted}
+        hidden = shapes[0][0] if len({shape[0] for shape in shapes}) == 1 else None
+        widths = [shape[1] for shape in shapes]
+        routes = make_routes(tasks, sites, base, changes, widths, hidden, dtype, device)
     with torch.no_grad():
-        for number, router in enumerate(routes.routers):
-            for name, tensor in router.state_dict().items():
-                tensor.copy_(learned.read(f"{number}.{name}"))
+        for name, tensor in routes.learned().items():
+            if name not in learned.specs or learned.specs[name].shape != tensor.shape:
+                raise WeightsError(f"{folder}: {learned.label} does not belong to this body; merge again")
+            tensor.copy_(learned.read(name))
     return routes
 
 
-def _shape(body: Weights, name: str) -> tuple[int, ...] | None:
-    return body.specs[name].shape if name in body.specs else None
+def _factors(name: str, sites: list[Site]) -> list[str]:
+    """What is stored of a tensor: two factors of a weight, a bias as it is."""
+    weights = {weight for site in sites for weight, _ in site.maps}
+    return [f"{name}{LEFT}", f"{name}{RIGHT}"] if name in weights else [name]
+
+
+def _fits(weights: Weights, body: Weights, names: list[str]) -> bool:
+    """Whether stored tensors have the shapes that the body's ask for."""
+    for name in names:
+        of, shape = tensor_of(name), weights.specs[name].shape
+        if of not in body.specs:
+            return False
+        whole = body.specs[of].shape
+        if name == of and shape != whole:
+            return False
+        if name.endswith(LEFT) and shape != (whole[0], weights.specs[f"{of}{RIGHT}"].shape[0]):
+            return False
+        if name.endswith(RIGHT) and shape[1:] != whole[1:]:
+            return False
+    return True

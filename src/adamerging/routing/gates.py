@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +67,31 @@ class Router(nn.Module):
             features: ``(B, T, D)``, ``(B, ..., D)`` or ``(B, D)``; ``(B · T, D)`` where a mask tells B and T.
             mask: ``(B, T)``, which tokens count; all when None, or when it is no mask of these tokens.
         """
-        tokens = features.reshape(len(features), -1, features.shape[-1])
-        if mask is not None and features.ndim == 2 and len(features) == mask.numel() != len(mask):
-            tokens = features.view(*mask.shape, -1)
-        hidden = self.first(tokens).relu()
         # The second layer is linear: the mean of its outputs is its output for the mean, and that is cheaper.
-        if mask is None or mask.shape != hidden.shape[:2]:
-            mean = hidden.mean(1)
-        else:
-            weights = mask.to(hidden.dtype).unsqueeze(-1)
-            mean = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
-        gates: Tensor = self.second(mean)
+        hidden = self.first(tokens_of(features, mask)).relu()
+        gates: Tensor = self.second(mean_over_tokens(hidden, mask))
         return gates
+
+
+def tokens_of(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Features as ``(B, T, D)``; of ``(B · T, D)`` a mask tells B and T."""
+    if mask is not None and features.ndim == 2 and len(features) == mask.numel() != len(mask):
+        return features.view(*mask.shape, -1)
+    return features.reshape(len(features), -1, features.shape[-1])
+
+
+def mean_over_tokens(features: Tensor, mask: Tensor | None) -> Tensor:
+    """``(B, T, D) → (B, D)``, padding left out where the mask is one of these tokens."""
+    if mask is None or mask.shape != features.shape[:2]:
+        return features.mean(1)
+    weights = mask.to(features.dtype).unsqueeze(-1)
+    return (features * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def mask_in(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask ``(B, T)`` among the arguments of a forward pass."""
+    given = kwargs
+    if args:
+        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    mask = given.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

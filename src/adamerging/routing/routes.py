@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from .gates import Flow, Gate, Router
+from .gates import Flow, Gate, Router, mask_in
 from .linear import RoutedLinear
 from .sites import Site, linear_maps
 
@@ -41,17 +40,37 @@ class Routes:
     def __post_init__(self) -> None:
         self.gates = [Gate(self.flow) for _ in self.sites]
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What each gate is of."""
+        return tuple(site.name for site in self.sites)
+
+    @property
+    def what(self) -> str:
+        """What is routed, in words."""
+        return f"{len(self.sites)} MLPs"
+
     def parameters(self) -> list[nn.Parameter]:
         """Those of the routers, in order."""
         return [parameter for router in self.routers for parameter in router.parameters()]
+
+    def by_task(self) -> Mapping[str, Tensor]:
+        """What is stored of every expert, stacked over them, by name."""
+        return self.changes
+
+    def learned(self) -> dict[str, Tensor]:
+        """Tensors of the routers, by name."""
+        return {
+            f"{number}.{name}": tensor
+            for number, router in enumerate(self.routers)
+            for name, tensor in router.state_dict().items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that is stored, by name."""
         found: dict[str, Tensor] = {f"base.{name}": tensor for name, tensor in self.base.items()}
         found |= {f"change.{name}": tensor for name, tensor in self.changes.items()}
-        for number, router in enumerate(self.routers):
-            found |= {f"router.{number}.{name}": tensor for name, tensor in router.state_dict().items()}
-        return found
+        return found | self.learned()
 
     def stored(self) -> int:
         """Numbers that a model keeps for routing: base and change of every map, and the routers."""
@@ -103,11 +122,7 @@ class Routes:
 
     def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note which tokens of the batch that comes are no padding."""
-        given = kwargs
-        if args:
-            given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        mask = given.get("attention_mask")
-        self.flow.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.flow.mask = mask_in(module, args, kwargs)
 
 
 def _of(

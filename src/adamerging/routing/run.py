@@ -47,7 +47,8 @@ def run_routed(
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
     work = work_folder(out) if out is not None else None
     with Workers(prepared.settings.threads) as workers:
-        routed = route(begin(prepared, tasks, settings, workers, say))
+        ask = settings.route != "twin"  # its router learns from no prediction
+        routed = route(begin(prepared, tasks, settings, workers, say, ask=ask))
         say(routed.description)
         state = learn_routes(
             routed, state_file=work / "state.safetensors" if work else None, callback=callback
@@ -94,6 +95,7 @@ def routed_record(
         "routing": {
             "kind": session.settings.route,
             "tasks": list(routes.tasks),
+            "what": f"routers of {routes.what}",
             "sites": routes_record(routes),
             "parameters": {
                 "model": routed.model,
@@ -105,6 +107,7 @@ def routed_record(
                 learner.task.name: dict(zip(routes.tasks, row.tolist(), strict=True))
                 for learner, row in zip(session.learners, mean, strict=True)
             },
+            "domains": next((item["domains"] for item in state.history[::-1] if "domains" in item), None),
         },
     }
 

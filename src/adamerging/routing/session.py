@@ -19,9 +19,11 @@ from ..adaptation.store import VectorStore
 from ..evaluation.cache import fingerprint
 from ..plan import Entry
 from .routes import Routes, make_routes
-from .settings import route_options
+from .settings import TwinOptions, route_options
 from .sites import Site, find_sites, input_width, linear_maps
 from .store import RouterStore
+from .twin import TwinRoutes
+from .twin_session import learn_domains, twin_routes
 
 LOOKED_AT = 64
 """Inputs of each task whose gates are noted at the end."""
@@ -40,7 +42,7 @@ class RoutedSession:
     """
 
     session: Session
-    routes: Routes
+    routes: Routes | TwinRoutes
     start: Callable[[], None]
     names: Mapping[int, str]
     model: int
@@ -72,7 +74,7 @@ class RoutedSession:
     @property
     def description(self) -> str:
         """One sentence for tables."""
-        return f"routes by input: {len(self.routes.sites)} MLPs, parameters {self.times:.1f} times one model"
+        return f"routes by input: {self.routes.what}, parameters {self.times:.1f} times one model"
 
 
 def route(session: Session) -> RoutedSession:
@@ -82,7 +84,7 @@ def route(session: Session) -> RoutedSession:
         session: as `adaptation.session.begin` makes it, with ``settings.route``.
 
     Raises:
-        UsageError: unknown options, or no MLP is found.
+        UsageError: unknown options, or nothing is found to route.
     """
     settings, vectors, body = session.settings, session.prepared.vectors, session.body
     assert settings.route is not None
@@ -95,15 +97,11 @@ def route(session: Session) -> RoutedSession:
     def run() -> None:
         predict(first, first.train[:2], body.device, autocast(settings, body))
 
-    sites = find_sites(first.module, names, run, store.entries(), vectors.places, options.mlp)
-    base, changes = read_changes(session, store, sites)
-    maps = linear_maps(first.module, names)
-    widths = [input_width(maps[site.maps[0][0]]) for site in sites]
-    dtype = body.tensors[sites[0].maps[0][0]].dtype
-    routes = make_routes(vectors.tasks, sites, base, changes, widths, options.hidden, dtype, body.device)
-    chance = torch.Generator().manual_seed(settings.seed)
-    for router in routes.routers:
-        router.start(options.std, settings.initial, chance)
+    twin = isinstance(options, TwinOptions)
+    sites = find_sites(
+        first.module, names, run, store.entries(), vectors.places, options.maps if twin else options.mlp,
+        attention=twin,
+    )  # fmt: skip
     values = start_values(session)
     where = session.where
 
@@ -111,12 +109,25 @@ def route(session: Session) -> RoutedSession:
         body.reset(vectors)
         store.materialise(body.tensors, values, where)
 
-    groups = tuple((site.name, number, 1) for number, site in enumerate(sites))
-    spans = {name: (number, number + 1) for number, site in enumerate(sites) for name in site.tensors}
+    chance = torch.Generator().manual_seed(settings.seed)
+    routes: Routes | TwinRoutes
+    if twin:
+        start()
+        routes = twin_routes(session, store, sites, names, options)
+        routes.router.start(options.std, 0.0, chance)
+    else:
+        base, changes = read_changes(session, store, sites)
+        maps = linear_maps(first.module, names)
+        widths = [input_width(maps[site.maps[0][0]]) for site in sites]
+        dtype = body.tensors[sites[0].maps[0][0]].dtype
+        routes = make_routes(vectors.tasks, sites, base, changes, widths, options.hidden, dtype, body.device)
+        for router in routes.routers:
+            router.start(options.std, settings.initial, chance)
+    groups = tuple((name, number, 1) for number, name in enumerate(routes.groups))
     changed = replace(
         session,
         store=RouterStore(routes.parameters()),
-        where=Layout("block", vectors.tasks, spans, groups),
+        where=Layout("block", vectors.tasks, {}, groups),
     )
     size = sum(tensor.numel() for tensor in body.tensors.values())
     routed = RoutedSession(changed, routes, start, names, size)
@@ -167,6 +178,8 @@ def learn_routes(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
+        if isinstance(routed.routes, TwinRoutes):
+            return learn_domains(session, routed.routes, callback)
         first = session.store.values()
         return learn(session, state_file=state_file, callback=callback, first=first)
     finally:

@@ -28,9 +28,28 @@ class WemoeOptions(BaseModel):
     std: float = Field(0.01, ge=0, description="Standard deviation of a router's first weights.")
 
 
-OPTIONS: Mapping[str, type[BaseModel]] = {"wemoe": WemoeOptions}
+class TwinOptions(BaseModel):
+    """Options of ``route: twin``."""
 
-TITLES: Mapping[str, str] = {"wemoe": "WEMoE"}
+    model_config = _STRICT
+
+    maps: list[str] | None = Field(
+        None,
+        description="Patterns of the weights, by the base's names, of the linear maps that are routed; all "
+        "those of the blocks when unset.",
+    )
+    rank: float = Field(
+        0.1, gt=0, le=1, description="Fraction of the directions of a difference that is kept."
+    )
+    hidden: int | None = Field(
+        None, ge=1, description="Width of the router's hidden layer; that of its input when unset."
+    )
+    std: float = Field(0.01, ge=0, description="Standard deviation of the router's first weights.")
+
+
+OPTIONS: Mapping[str, type[BaseModel]] = {"wemoe": WemoeOptions, "twin": TwinOptions}
+
+TITLES: Mapping[str, str] = {"wemoe": "WEMoE", "twin": "Twin-Merging"}
 """What the papers call them."""
 
 

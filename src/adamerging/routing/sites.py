@@ -39,11 +39,16 @@ class Site:
 
 
 def candidates(
-    entries: Sequence[Entry], places: Mapping[str, Place], patterns: Sequence[str] | None
+    entries: Sequence[Entry],
+    places: Mapping[str, Place],
+    patterns: Sequence[str] | None,
+    *,
+    attention: bool = False,
 ) -> list[str]:
     """Names of the weights that may be routed, from names and shapes alone.
 
-    Without patterns: matrices in a block, of which no part of the name below the block speaks of attention.
+    Without patterns: matrices in a block; unless attention's are wanted too, those of which no part of the
+    name below the block speaks of it.
     """
     found = []
     for entry in entries:
@@ -53,7 +58,9 @@ def candidates(
         if patterns is not None:
             wanted = any(fnmatchcase(entry.name, pattern) for pattern in patterns)
         else:
-            wanted = block is not None and not _ATTENTION.search(entry.name.removeprefix(block))
+            wanted = block is not None and (
+                attention or not _ATTENTION.search(entry.name.removeprefix(block))
+            )
         if wanted:
             found.append(entry.name)
     return found
@@ -113,6 +120,8 @@ def find_sites(
     entries: Sequence[Entry],
     places: Mapping[str, Place],
     patterns: Sequence[str] | None,
+    *,
+    attention: bool = False,
 ) -> list[Site]:
     """The sites of a model, in the order in which they run.
 
@@ -122,31 +131,34 @@ def find_sites(
         run: one forward pass of the model.
         entries: the tensors that some expert changed.
         places: of the tensors.
-        patterns: as `candidates` takes them.
+        patterns, attention: as `candidates` takes them.
 
     Raises:
         UsageError: nothing is found, or a pattern that fits no linear map.
     """
     maps = linear_maps(module, names)
     changed = {entry.name for entry in entries}
-    chosen = [name for name in candidates(entries, places, patterns) if name in maps]
+    found = candidates(entries, places, patterns, attention=attention)
+    chosen = [name for name in found if name in maps]
+    option = "adapt.route_options.maps" if attention else "adapt.route_options.mlp"
     if patterns is not None:
         idle = [pattern for pattern in patterns if not any(fnmatchcase(n, pattern) for n in chosen)]
         if idle:
             raise UsageError(
-                f"adapt.route_options.mlp: {', '.join(map(repr, idle))} fits no weight of a linear map that "
+                f"{option}: {', '.join(map(repr, idle))} fits no weight of a linear map that "
                 f"an expert changed; there are {_some(sorted(changed & set(maps)))}"
             )
     groups: dict[str, list[str]] = {}
     for name in order_of_running({name: maps[name] for name in chosen}, run):
         groups.setdefault(places[name].block or name.removesuffix(_WEIGHT), []).append(name)
-    if patterns is None:  # a lone linear map is no MLP
+    if patterns is None and not attention:  # a lone linear map is no MLP
         groups = {block: weights for block, weights in groups.items() if len(weights) > 1}
     if not groups:
         raise UsageError(
-            "no MLP was found to route: no block of the model runs two linear maps that are not attention's "
-            "and that an expert changed. Say which to route: adapt.route_options.mlp, patterns such as "
-            f"'*.mlp.*'; linear maps here: {_some(sorted(changed & set(maps)))}"
+            f"no {'linear map' if attention else 'MLP'} was found to route: no block of the model runs "
+            f"{'a linear map' if attention else 'two linear maps that are not attention and'} that an expert "
+            f"changed. Say which to route: {option}, patterns such as '*.mlp.*'; linear maps here: "
+            f"{_some(sorted(changed & set(maps)))}"
         )
     return [
         Site(block, tuple((weight, _bias(maps[weight], names)) for weight in weights))
