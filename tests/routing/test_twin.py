@@ -119,7 +119,6 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(CLASSES):
         words = [f"word{10 * number + n}" for n in range(10)]
         texts = [" ".join(words[(i + j) % 10] for j in range(3 + i % 4)) for i in range(30)]
-        labels = [i % len(classes) for i in range(30)]
         tasks.append(am.text_task(name, adapt=texts))
     experts = {name: models / name for name in CLASSES}
     with pytest.MonkeyPatch.context() as patch:
