@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptation.body import Body
-from ..adaptation.cache import content_of, key
+from ..adaptation.cache import content_of
+from ..adaptation.cache import key as content_key
 from ..adaptation.session import content_of_task, hash_files, make_device
 from ..adaptation.store import VectorStore
 from ..errors import UsageError
@@ -155,7 +156,7 @@ class Bench:
     def fingerprint(self) -> str:
         """Of the body as it is now, and of what the modules have beside it."""
         found = fingerprint(self.body.tensors)
-        return found if self.addition is None else key(found, self.addition.fingerprint)
+        return found if self.addition is None else content_key(found, self.addition.fingerprint)
 
     def plain(self) -> None:
         """Take what the last model had beside its body out of the modules."""
@@ -208,14 +209,14 @@ class Bench:
             raise UsageError(f"task '{name}' has no labelled data to score on; give evaluate")
         # The code of a module task has no fingerprint; within one run it is the same.
         known = (model, seat.head, seat.task.name, samples.fingerprint)
-        stored = result_key(model, seat.head, seat.task, samples)
-        result = find(stored, len(samples), logits=logits) or (None if logits else self._known.get(known))
+        key = result_key(model, seat.head, seat.task, samples)
+        result = find(key, len(samples), logits=logits) or (None if logits else self._known.get(known))
         if result is None:
             feed = self._feed(seat, name, samples, own)
             found = logits_from(seat.module, seat.task, feed, self.device)
             numbers = metrics(found, torch.tensor([int(label) for label in samples.labels]))
             result = Result(numbers, found.argmax(-1), found if logits else None)
-            keep(stored, result)
+            keep(key, result)
             self._known[known] = replace(result, logits=None)
         return Scored(self._record(name, condition, result, unseen), result)
 

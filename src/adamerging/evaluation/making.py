@@ -141,8 +141,7 @@ class Maker:
 
         return replace(merged, own=own, seconds=seconds, warnings=[*merged.warnings, PER_TASK])
 
-    def data(self) -> dict[str, Task]:
-        """The tasks of the experts that take part, with their data."""
+    def _data(self) -> dict[str, Task]:
         return {
             name: self.tasks.get(name, self.bench.seats[name].task)
             for name in self.experts
@@ -168,7 +167,7 @@ class Maker:
             prepared: of these experts.
             rounds: batches of every task.
         """
-        tasks = self.data()
+        tasks = self._data()
         averaged = bool(prepared.plan.with_treatment("averaged"))
         if not averaged or not all(name in tasks and tasks[name].adapt for name in self.experts):
             return None
@@ -198,10 +197,10 @@ class Maker:
         if settings.route is not None:
             from ..routing.comparing import learned_routes
 
-            return learned_routes(self, prepared, settings, state_file)
+            return learned_routes(bench, self._data().values(), prepared, settings, state_file, self.say)
         bench.plain()
         session = begin(
-            prepared, self.data().values(), settings, bench.workers, self.say, body=bench.body,
+            prepared, self._data().values(), settings, bench.workers, self.say, body=bench.body,
             modules=bench.modules, hashes=bench.hashes,
         )  # fmt: skip
         try:

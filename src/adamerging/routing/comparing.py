@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adaptation.adapt import run_warnings
 from ..adaptation.coefficients import table
-from ..adaptation.session import begin
+from ..adaptation.session import Say, begin
 from ..adaptation.settings import AdaptSettings
-from ..evaluation.bench import Addition
+from ..evaluation.bench import Addition, Bench
 from ..run import Prepared
+from ..tasks.task import Task
 from .run import fill_routed
 from .session import RoutedSession, learn_routes, mean_gates, route
 
 if TYPE_CHECKING:
-    from ..evaluation.making import Made, Maker
+    from ..evaluation.making import Made
 
 
 def learned_routes(
-    maker: Maker, prepared: Prepared, settings: AdaptSettings, state_file: Path | None
+    bench: Bench,
+    tasks: Iterable[Task],
+    prepared: Prepared,
+    settings: AdaptSettings,
+    state_file: Path | None,
+    say: Say,
 ) -> Made:
     """Learn routers, and make the bench's body and modules that model. Raises as `run.run_routed`."""
     from ..evaluation.making import Made
 
-    bench, started = maker.bench, time.perf_counter()
+    started = time.perf_counter()
     bench.plain()
     session = begin(
-        prepared, maker.data().values(), settings, bench.workers, maker.say, body=bench.body,
-        modules=bench.modules, hashes=bench.hashes, ask=settings.route != "twin",
+        prepared, tasks, settings, bench.workers, say, body=bench.body, modules=bench.modules,
+        hashes=bench.hashes, ask=settings.route != "twin",
     )  # fmt: skip
     routed = route(session)
     try:

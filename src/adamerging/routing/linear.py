@@ -61,8 +61,7 @@ class RoutedLinear(nn.Module):
             assert gates is not None, "the first map of a site sets its gates"
             dtype = low or self.base_weight.dtype
             rows = x.reshape(len(gates), -1, x.shape[-1]).to(dtype)
-            weight, change = self.base_weight.to(dtype), self.change_weight.to(dtype)
-            found = mixed_linear(rows, gates.to(dtype), weight, change, self.turned)
+            found = mixed_linear(rows, gates.to(dtype), self.base_weight, self.change_weight, self.turned)
             if self.base_bias is not None and self.change_bias is not None:
                 found = found + (self.base_bias + gates @ self.change_bias).to(dtype)[:, None]
         return found.view(*x.shape[:-1], -1).to(low or x.dtype)

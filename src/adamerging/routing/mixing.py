@@ -21,11 +21,11 @@ FEW = 4
 
 
 def mixed_linear(x: Tensor, gates: Tensor, weight: Tensor, change: Tensor, turned: bool) -> Tensor:
-    """A batch times its samples' weights: x (W + Σ_t g_t Δ_t)ᵀ, ``(B, T, O)`` in the arguments' one dtype.
+    """A batch times its samples' weights: x (W + Σ_t g_t Δ_t)ᵀ, ``(B, T, O)``, in the dtype of x.
 
     Args:
         x: ``(B, T, I)``.
-        gates: ``(B, K)``.
+        gates: ``(B, K)``, in the same dtype.
         weight: W, ``(O, I)``.
         change: Δ, ``(K, O, I)``.
         turned: W and Δ are stored as ``(I, O)``.
@@ -35,6 +35,7 @@ def mixed_linear(x: Tensor, gates: Tensor, weight: Tensor, change: Tensor, turne
         together = x.reshape(1, batch * tokens, -1)
         return mixed_linear(together, gates[:1], weight, change, turned).view(batch, tokens, -1)
     if batch > 1 and tokens * len(change) <= len(change) + FEW:
+        weight, change = weight.to(x.dtype), change.to(x.dtype)
         way = "bti,kio->btko" if turned else "bti,koi->btko"
         parts = torch.einsum(way, x, change)
         return x @ (weight if turned else weight.T) + (parts * gates[:, None, :, None]).sum(2)
@@ -49,6 +50,7 @@ class _Mixed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gates: Tensor, weight: Tensor, change: Tensor, turned: bool) -> Tensor:
         ctx.save_for_backward(x, gates, weight, change)
         ctx.turned = turned
+        weight, change = weight.to(x.dtype), change.to(x.dtype)  # of a lower precision nothing is kept
         out = x.new_empty(*x.shape[:2], weight.shape[1 if turned else 0])
         for rows in _runs(len(x), weight.numel()):
             mixed = _mix(gates[rows], weight, change)
@@ -59,6 +61,7 @@ class _Mixed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, gates, weight, change = ctx.saved_tensors
+        weight, change = weight.to(x.dtype), change.to(x.dtype)
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         to_gates = torch.empty_like(gates) if ctx.needs_input_grad[1] else None
         for rows in _runs(len(x), weight.numel()):
