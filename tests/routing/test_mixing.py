@@ -18,7 +18,7 @@ def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(b=sizes, t=st.integers(1, 9), i=sizes, o=sizes, k=sizes, turned=st.booleans(), held=st.integers(1, 80))
 def test_every_sample_has_its_own_weights(b, t, i, o, k, turned, held) -> None:
     x, gates = drawn(1, b, t, i), drawn(2, b, k)
