@@ -190,6 +190,12 @@ def test_the_command_line_learns_compares_and_serves(cli, models: Path, tmp_path
     assert (refused.code, "routes by input" in refused.err) == (2, True)
 
 
+def test_an_objective_has_no_say(cli, models: Path, tmp_path: Path) -> None:
+    path = save_recipe(tmp_path, models, adapt={**QUICK, "objective": "entropy"}, compare=None)
+    ended = cli("merge", path, "--out", tmp_path / "m")
+    assert (ended.code, "objective has no say with route: twin" in ended.err) == (2, True), ended.err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -78,6 +78,16 @@ def test_the_folder_opens_with_the_same_bits(folder: Path) -> None:
     assert len(changes[0]) == 4 and changes[0] == changes[1] == changes[2]  # held once for all tasks
 
 
+def test_a_pipeline_of_transformers_takes_its_module(folder: Path) -> None:
+    from transformers import AutoTokenizer, pipeline
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    classify = pipeline("text-classification", model=am.load_module(folder, "topics"), tokenizer=tokenizer)
+    wanted = am.load(folder).predict("topics", TEXTS)
+    for found, own in zip(classify(TEXTS), wanted, strict=True):
+        assert (found["label"], found["score"]) == (own.label, pytest.approx(own.probability, abs=1e-5))
+
+
 def test_a_text_is_routed_alike_alone_and_in_a_batch(folder: Path) -> None:
     model = am.load(folder)
     together = model.predict("topics", TEXTS)

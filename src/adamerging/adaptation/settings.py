@@ -157,6 +157,11 @@ def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings
         raise UsageError(
             f"adapt: {', '.join(useless)} is for coefficients; route: {settings.route} learns routers instead"
         )
+    if settings.route == "twin" and (idle := [key for key in ("objective", "keep") if key in fields]):
+        raise UsageError(
+            f"adapt: {', '.join(idle)} has no say with route: twin, whose router learns which task's data an "
+            "input comes from"
+        )
     route_options(settings.route or "", settings.route_options)
     return settings.model_copy(update={"granularity": "task", "clamp": "none", "coefficients": None})
 

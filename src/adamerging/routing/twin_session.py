@@ -50,15 +50,17 @@ def twin_routes(
         base, stack = store.read(entries[name], 0, vectors.numel(entries[name]))
         return (stack[rows].cpu() + (base.cpu() - shared.reshape(-1))).view(len(rows), *shared.shape)
 
-    tensors: dict[str, Tensor] = {}
-    for weight, bias in (pair for site in sites for pair in site.maps):
+    def exclusive(pair: tuple[str, str | None]) -> dict[str, Tensor]:
+        weight, bias = pair
         left, right = compress(differences(weight), options.rank)
-        tensors |= {
-            f"{weight}{LEFT}": left.to(specs[weight].dtype),
-            f"{weight}{RIGHT}": right.to(specs[weight].dtype),
-        }
-        if bias is not None:
-            tensors[bias] = differences(bias).to(specs[bias].dtype)
+        dtype = specs[weight].dtype
+        found = {f"{weight}{LEFT}": left.to(dtype), f"{weight}{RIGHT}": right.to(dtype)}
+        return found if bias is None else found | {bias: differences(bias).to(specs[bias].dtype)}
+
+    pairs = [pair for site in sites for pair in site.maps]
+    tensors = {
+        name: tensor for found in session.workers.map(exclusive, pairs) for name, tensor in found.items()
+    }
     learner, flow = session.learners[0], Flow()
     last = linear_maps(learner.module, names)[sites[-1].maps[-1][0]]
     with looking(learner.module, block_of(learner.module, last), flow) as seen, torch.no_grad():
@@ -98,10 +100,10 @@ def learn_domains(
         optimizer = make_optimizer(settings, values)
         history: list[dict[str, Any]] = []
         for step in range(settings.steps):
+            store.materialise({}, values.detach(), session.where)
             if step % settings.check_every == 0:
                 history.append({"step": step, "domains": _right(session, routes, seen)})
             started = time.perf_counter()
-            store.materialise({}, values.detach(), session.where)
             losses: dict[str, float] = {}
             for number, learner in enumerate(session.learners):
                 features = seen[number].of(learner.batches.at(step))
