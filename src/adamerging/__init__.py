@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .plan import Plan, make_plan
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
-    from .serving import MergedModel, export, load
+    from .serving import MergedModel, export, load, load_module
     from .tasks import (
         Samples,
         Task,
@@ -59,6 +59,7 @@ _HOME = {
     "MergedModel": "serving",
     "export": "serving",
     "load": "serving",
+    "load_module": "serving",
     "Samples": "tasks",
     "Task": "tasks",
     "embedding_text_task": "tasks",
@@ -92,6 +93,7 @@ __all__ = [
     "export",
     "image_task",
     "load",
+    "load_module",
     "load_recipe",
     "make_plan",
     "merge",

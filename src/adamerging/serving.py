@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from .tasks.task import Samples, Task
 from .tasks.text_classification import embedding_text_task, read_head, text_task
 from .tasks.zero_shot_image import zero_shot_image_task
 from .weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from .routing.routes import Routes
+    from .routing.twin import TwinRoutes
 
 Model = nn.Module | Callable[[], nn.Module]
 
@@ -96,6 +100,7 @@ class MergedModel:
         self._body, self._model, self._head = body, model, head or {}
         self._shared: dict[str, Tensor] = {}
         self._own = masked_names(folder) if "masks" in record else frozenset()
+        self._routes: Routes | TwinRoutes | None = None
         self._ready: dict[str, _Ready] = {}
 
     def module(self, task: str) -> nn.Module:
@@ -143,6 +148,35 @@ class MergedModel:
         logits = logits_of(ready.module, ready.task, samples, batch_size=batch_size, device=self.device)
         return [_prediction(row, ready.names) for row in logits.softmax(-1)]
 
+    def route(self, inputs: Sequence[Any], *, batch_size: int = 32) -> list[dict[str, float]]:
+        """How much of each expert each input takes, by its name: the mean gate over all that is routed.
+
+        Args:
+            inputs: as `predict` takes them; no task need be known.
+            batch_size: inputs a forward pass.
+
+        Raises:
+            UsageError: a model that does not route, or inputs that are none.
+        """
+        if "routing" not in self.record:
+            raise UsageError(f"{self.folder} has the same weights for every input: it does not route")
+        if isinstance(inputs, str):
+            raise UsageError("inputs is one text; give a list of texts: [text]")
+        ready, items = self._get(self.tasks[0]), list(inputs)
+        if not items:
+            return []
+        check_inputs(items, _DATA_KINDS.get(ready.kind, "text"), "inputs to route")
+        assert self._routes is not None
+        found: list[dict[str, float]] = []
+        for start in range(0, len(items), batch_size):
+            batch = ready.task.collate(items[start : start + batch_size])
+            with torch.inference_mode():
+                ready.task.forward(ready.module, {name: t.to(self.device) for name, t in batch.items()})
+            gates = [gate.values for gate in self._routes.gates if gate.values is not None]
+            for row in torch.stack(gates).mean(0).tolist():
+                found.append(dict(zip(self._routes.tasks, row, strict=True)))
+        return found
+
     def stored(self, task: str) -> dict[str, Tensor]:
         """A task's tensors by the names and in the dtypes of the files they come from, tied ones once.
 
@@ -179,6 +213,35 @@ class MergedModel:
             known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
         return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
+    def complete(self, task: str, module: nn.Module) -> None:
+        """Put into a task's module what the folder keeps beside the body, where it routes by input.
+
+        Args:
+            task: its name.
+            module: as a task's skeleton makes it of `parts`.
+
+        Raises:
+            WeightsError: the folder is not whole.
+        """
+        if "routing" not in self.record:
+            return
+        from .routing.folder import open_routes
+
+        if self._routes is None:
+            self._routes = open_routes(self.folder, self._body, self.record["routing"], self.device)
+        self._routes.install(module, self._names(module), f"the model of task '{task}'")
+
+    def _names(self, module: nn.Module) -> dict[int, str]:
+        """The body's name of a module's tensors, by their ids."""
+        prefix = f"{getattr(module, 'base_model_prefix', '')}."
+        found = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            names = (name, name.removeprefix(prefix))
+            stored = next((self._body.aliases.get(n, n) for n in names if self._has(n)), None)
+            if stored is not None:
+                found[id(tensor)] = stored
+        return found
+
     def _check(self, task: str) -> None:
         if task not in self.tasks:
             raise UsageError(f"{self.folder} has no task '{task}'; it has {', '.join(self.tasks) or 'none'}")
@@ -211,6 +274,7 @@ class MergedModel:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
         module = task.skeleton(part, self._body_of(name))
         self._share(module, part)
+        self.complete(name, module)
         return _Ready(task, kind, module.to(self.device), names)
 
     def _body_of(self, name: str) -> Weights:
@@ -301,6 +365,21 @@ def load(
     return MergedModel(path, open_weights(path), record, model=model, head=head, device=device)
 
 
+def load_module(folder: str | Path, task: str, *, device: torch.device | str = "cpu") -> nn.Module:
+    """One task's model of a merged folder: the class of transformers, ready to run, also where it routes.
+
+    Args:
+        folder: that a merge wrote.
+        task: whose head.
+        device: where the tensors shall live.
+
+    Raises:
+        UsageError: no such task, or a model that is none of transformers (see `load`).
+        WeightsError: not a folder with weights, or it is damaged.
+    """
+    return load(folder, device=device).module(task)
+
+
 def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = False) -> Path:
     """Write one task's whole classifier, as plain transformers loads it: body, head, tokenizer.
 
@@ -311,11 +390,16 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
         overwrite: replace the folder of an earlier export.
 
     Raises:
-        UsageError: no such task, or one that is no classifier of transformers.
+        UsageError: no such task, one that is no classifier of transformers, or a model that routes by input.
         WeightsError: the folder cannot be opened.
         OutputError: the output cannot be written.
     """
     merged = load(folder)
+    if "routing" in merged.record:
+        raise UsageError(
+            f"{folder} routes by input: its MLPs have other weights for every input, which no class of plain "
+            "transformers has. Use it as it is: adamerging predict, adamerging.load or adamerging.load_module"
+        )
     kind = merged.kind(task)
     if kind not in ("text", "image"):
         raise UsageError(

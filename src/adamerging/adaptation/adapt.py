@@ -40,7 +40,7 @@ class AdaptResult:
     """What adaptation gives back.
 
     Attributes:
-        values: ``(S, width)`` coefficients as applied.
+        values: ``(S, width)`` coefficients as applied; of a model that routes the mean gates.
         layout: which of them belongs to what.
         history: one record a step (losses) and a check (held-out entropy, agreement).
         warnings: what a reader should know: collapse, misleading entropy.
@@ -145,6 +145,13 @@ def run_adaptation(
     started = time.perf_counter()
     if prepared.settings.tokenizer != "base":
         raise UsageError("coefficients are learned with the base's tokenizer; tokenizer: base")
+    if settings.route is not None:
+        from ..routing.run import run_routed
+
+        return run_routed(
+            prepared, tasks, settings, out=out, overwrite=overwrite, transductive=transductive,
+            callback=callback, say=say,
+        )  # fmt: skip
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
     work = work_folder(out) if out is not None else None
     with Workers(prepared.settings.threads) as workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..routing.estimate import estimate_routes
 from ..run import Prepared
 from ..tasks.task import Task
 from .batches import split
@@ -59,16 +60,15 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
         for task in ordered
         if task.adapt is not None
     }
+    routed = estimate_routes(vectors, settings) if settings.route is not None else None
+    learned = len(labels) * where.width if routed is None else routed.learned
+    held = 0 if routed is None else routed.values
     return AdaptEstimate(
         {name: (len(train), len(held)) for name, (train, held) in parts.items()},
-        len(labels) * where.width,
+        learned,
         settings.steps,
         depth * merged,
         str(cache_folder()),
-        body
-        + merged
-        + heads
-        + len(labels) * where.width * 16
-        + (kept if kept <= settings.budget * 1e9 else 0),
-        prepared.nbytes,
+        body + merged + heads + learned * 16 + held * 4 + (kept if kept <= settings.budget * 1e9 else 0),
+        prepared.nbytes + (0 if routed is None else routed.nbytes),
     )

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdamergingError, UsageError
+from ..plan import Entry
 from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batchnorm_layers, recalibrate
@@ -21,7 +22,6 @@ from .coefficients import Layout
 from .objectives import Objective, sample_entropy
 from .settings import AdaptSettings
 from .state import State, optimizer_tensors, restore_optimizer
-from .store import VectorStore
 
 
 class NonFiniteLossError(AdamergingError):
@@ -34,6 +34,22 @@ class InterruptedRun(AdamergingError):  # noqa: N818 - not an error of the run
     """The user stopped the run; its state is saved."""
 
     exit_code = 130
+
+
+class Parametrisation(Protocol):
+    """What is learned: how it makes the merged weights, and its gradient from theirs."""
+
+    def entries(self) -> list[Entry]:
+        """The tensors of the body that depend on it."""
+        ...
+
+    def materialise(self, targets: Mapping[str, Tensor], values: Tensor, where: Layout) -> None:
+        """Write the weights that values stand for."""
+        ...
+
+    def pull_back(self, gradients: Mapping[str, Tensor], where: Layout) -> Tensor:
+        """The gradient of the values from that of the weights."""
+        ...
 
 
 @dataclass
@@ -79,7 +95,7 @@ class Loop:
     Args:
         settings: how to learn.
         objective: what to minimise.
-        body, store, where: the working tensors, the vectors, the layout of the coefficients.
+        body, store, where: the working tensors, what is learned, the layout of the coefficients.
         learners: the tasks.
         state: where to start; changed in place.
         save: called every so often and at an interruption.
@@ -89,7 +105,7 @@ class Loop:
     settings: AdaptSettings
     objective: Objective
     body: Body
-    store: VectorStore
+    store: Parametrisation
     where: Layout
     learners: Sequence[Learner]
     state: State

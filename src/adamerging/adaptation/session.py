@@ -21,7 +21,7 @@ from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
 from .coefficients import Layout, layout, load_coefficients
-from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
+from .loop import InterruptedRun, Learner, Loop, Parametrisation, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
 from .settings import AdaptSettings, resolve
 from .stack import Stack, build_stack
@@ -49,7 +49,7 @@ class Session:
     settings: AdaptSettings
     objective: Objective
     workers: Workers
-    store: VectorStore
+    store: Parametrisation
     body: Body
     learners: list[Learner]
     where: Layout
@@ -81,6 +81,7 @@ def begin(
     body: Body | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     hashes: Mapping[Path, str] | None = None,
+    ask: bool = True,
 ) -> Session:
     """Check everything, build the stack, attach the tasks' modules, ask the experts.
 
@@ -93,6 +94,7 @@ def begin(
         body: a working body to use, on the device of the settings; a new one when None.
         modules: by task, attached to that body already.
         hashes: sha256 of the weight files, where they are known.
+        ask: ask the experts for their predictions.
 
     Raises:
         UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
@@ -130,7 +132,8 @@ def begin(
     session = Session(
         prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
     )
-    ask_experts(session, content, say)
+    if ask:
+        ask_experts(session, content, say)
     return session
 
 
@@ -282,8 +285,15 @@ def learn(
     *,
     state_file: Path | None = None,
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    first: Tensor | None = None,
 ) -> State:
     """Run the optimisation, going on from a saved state where there is one.
+
+    Args:
+        session: what is learned, and from what.
+        state_file: where the state is saved.
+        callback: told of every record of the history.
+        first: values to start from; those of the settings when None.
 
     Raises:
         UsageError: a saved state of another run.
@@ -298,7 +308,7 @@ def learn(
             if any(t.dtype == torch.float64 for t in session.body.tensors.values())
             else torch.float32
         )
-        state = State(0, first_values(session).to(dtype))
+        state = State(0, (first_values(session) if first is None else first).to(dtype))
 
     def save(current: State) -> None:
         if state_file is not None:

@@ -39,6 +39,32 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper++": {"vectors": "ties"},
     # FusionBench's settings for CLIP.
     "fusionbench": {"steps": 1000, "clamp": "none"},
+    # WEMoE: the MLPs mixed for every input by small routers, learned by entropy (arXiv 2402.00433).
+    "wemoe": {"route": "wemoe", "steps": 1000, "clamp": "none"},
+    # The same within minutes on a processor: fewer, larger steps, and the experts' predictions as targets.
+    "wemoe_budget": {
+        "route": "wemoe",
+        "objective": "agreement",
+        "lr": 3e-3,
+        "schedule": "cosine",
+        "steps": 60,
+        "clamp": "none",
+        "group_by_length": True,
+        "batch_tokens": 1024,
+        "check_every": 20,
+        "held_out": 0.2,
+        "keep": "best",
+        "precision": "auto",
+    },
+    # Twin-Merging: a shared model and compressed differences, weighed by input (arXiv 2406.15479).
+    "twin": {
+        "route": "twin",
+        "steps": 300,
+        "schedule": "cosine",
+        "clamp": "none",
+        "held_out": 0.2,
+        "check_every": 100,
+    },
 }
 
 
@@ -61,7 +87,11 @@ class AdaptSettings(BaseModel):
         None,
         description="A method whose transform is applied to the task vectors first (ties for AdaMerging++).",
     )
-    initial: float = Field(0.3, description="First value of the experts' coefficients.")
+    route: Literal["wemoe", "twin"] | None = Field(
+        None, description="Learn routers that mix parts of the model for every input, not coefficients."
+    )
+    route_options: dict[str, Any] = Field({}, description="Options of the way to route.")
+    initial: float = Field(0.3, description="First value of the experts' coefficients, and of gates.")
     coefficients: str | None = Field(
         None, description="File of coefficients of an earlier run to start from."
     )
@@ -116,6 +146,26 @@ class AdaptSettings(BaseModel):
     save_every: int = Field(20, ge=1, description="Steps between saves of the state.")
 
 
+def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings:
+    """The settings of a run that learns routers, without what is for coefficients alone."""
+    from ..routing.settings import route_options
+
+    useless = [
+        key for key in ("granularity", "clamp", "coefficients") if fields.get(key) not in (None, "none")
+    ]
+    if useless:
+        raise UsageError(
+            f"adapt: {', '.join(useless)} is for coefficients; route: {settings.route} learns routers instead"
+        )
+    if settings.route == "twin" and (idle := [key for key in ("objective", "keep") if key in fields]):
+        raise UsageError(
+            f"adapt: {', '.join(idle)} has no say with route: twin, whose router learns which task's data an "
+            "input comes from"
+        )
+    route_options(settings.route or "", settings.route_options)
+    return settings.model_copy(update={"granularity": "task", "clamp": "none", "coefficients": None})
+
+
 def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 run in hardware there."""
     import torch
@@ -136,6 +186,8 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
     settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
+    if settings.route is not None:
+        settings = _routed(settings, fields)
     if settings.precision == "auto":
         chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
         settings = settings.model_copy(update={"precision": chosen})

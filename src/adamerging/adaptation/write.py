@@ -43,7 +43,7 @@ def write_folder(
     hashes = write_model(folder, prepared, body, tasks)
     save_coefficients(folder.path / "coefficients.safetensors", values.to(torch.float32), where)
     folder.write_text("coefficients.csv", as_csv(table(values, where)))
-    folder.write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    folder.write_text("history.jsonl", history_lines(history))
     return hashes
 
 
@@ -72,6 +72,11 @@ def write_record(folder: OutputFolder, record: Mapping[str, Any]) -> None:
     """Write ``run.json`` and the model card made from it."""
     folder.write_text(RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     folder.write_text("README.md", model_card(record))
+
+
+def history_lines(history: Sequence[Mapping[str, Any]]) -> str:
+    """Records of steps and checks, one JSON object a line."""
+    return "".join(json.dumps(record) + "\n" for record in history)
 
 
 def as_csv(records: Sequence[Mapping[str, object]]) -> str:

@@ -82,9 +82,8 @@ def _show(result: AdaptResult, as_json: bool) -> None:
     console = show.console()
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
     console.print(
-        f"Learned {record['coefficients']} coefficients for {len(record['experts'])} experts by "
-        f"{record['adapt']['objective']}{said}, and merged into {out}: "
-        f"{show.size(nbytes)} in {show.duration(record['seconds'])}.",
+        f"Learned {_what(record)} for {len(record['experts'])} experts by {_by(record)}{said}, and merged "
+        f"into {out}: {show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
     )
     if record["start"] is not None and record["end"] is not None:
@@ -95,6 +94,23 @@ def _show(result: AdaptResult, as_json: bool) -> None:
         console.print(scores_table(record))
     for text in result.warnings:
         show.warn(text)
+
+
+def _what(record: Mapping[str, Any]) -> str:
+    """What was learned, in words."""
+    routing = record.get("routing")
+    if routing is None:
+        return f"{record['coefficients']} coefficients"
+    return (
+        f"the {routing['what']} ({record['coefficients']:,} numbers; the model routes "
+        f"by input and has {routing['parameters']['times']:.1f} times the parameters of one)"
+    )
+
+
+def _by(record: Mapping[str, Any]) -> str:
+    """What it was learned from, in words."""
+    found: str = record["adapt"]["objective"]
+    return found if record.get("routing", {}).get("domains") is None else "whose task an input is of"
 
 
 def _checks(record: Mapping[str, Any]) -> Any:
@@ -135,9 +151,12 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         )
         return
     console = show.console()
+    what = f"{settings.granularity}-wise coefficients"
+    if settings.route is not None:
+        what = f"routers ({settings.route})"
     console.print(
-        f"Would learn {settings.granularity}-wise coefficients for {', '.join(prepared.vectors.tasks)} by "
-        f"{settings.objective}, in {found.steps} steps.",
+        f"Would learn {what} for {', '.join(prepared.vectors.tasks)} by {settings.objective}, in "
+        f"{found.steps} steps.",
         soft_wrap=True,
     )
     console.print()
@@ -148,7 +167,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     console.print()
     cached = f"{show.size(found.cached)} in {found.cache}" if found.cached else "experts' predictions only"
     rows = [
-        ("coefficients", f"{found.coefficients:,} at most"),
+        ("coefficients" if settings.route is None else "routers", f"{found.coefficients:,} at most"),
         ("disk cache", cached),
         ("memory", f"about {show.size(found.memory)}, and the activations of one batch"),
         ("write", show.size(found.disk)),

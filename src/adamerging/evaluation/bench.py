@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adaptation.body import Body
 from ..adaptation.cache import content_of
+from ..adaptation.cache import key as content_key
 from ..adaptation.session import content_of_task, hash_files, make_device
 from ..adaptation.store import VectorStore
 from ..run import Prepared
@@ -58,6 +59,19 @@ class Seat:
     unseen: bool = False
 
 
+@dataclass(frozen=True)
+class Addition:
+    """What a model has put into the tasks' modules beside the body.
+
+    Attributes:
+        remove: takes it out again.
+        fingerprint: of it.
+    """
+
+    remove: Callable[[], None]
+    fingerprint: str
+
+
 class Bench:
     """Opened weights, one working body, and the tasks attached to it.
 
@@ -65,6 +79,7 @@ class Bench:
         seats: the experts' tasks by name, each with its own module over the body.
         outside: tasks that are scored without their expert by name (see `outsiders`), each with the module
             of another task and a head of its own; a task that is left out of a group is in both.
+        addition: what the model that was made last has beside its body; None where it is the body alone.
 
     Args:
         prepared: base, experts and plan, opened once for all rows.
@@ -91,6 +106,7 @@ class Bench:
         self.device = make_device(device)
         self.hashes = hash_files([vectors.base, *vectors.experts.values()], workers)
         self.body = Body(vectors, self.device)
+        self.addition: Addition | None = None
         self.seats: dict[str, Seat] = {}
         self.outside: dict[str, Seat] = {}
         self._feeds: dict[tuple[str, str, bool], Feed] = {}
@@ -136,8 +152,15 @@ class Bench:
         return replace(self.prepared, vectors=self.prepared.vectors.like(experts), relatedness=related)
 
     def fingerprint(self) -> str:
-        """Of the body as it is now."""
-        return fingerprint(self.body.tensors)
+        """Of the body as it is now, and of what the modules have beside it."""
+        found = fingerprint(self.body.tensors)
+        return found if self.addition is None else content_key(found, self.addition.fingerprint)
+
+    def plain(self) -> None:
+        """Take what the last model had beside its body out of the modules."""
+        if self.addition is not None:
+            self.addition.remove()
+            self.addition = None
 
     def scored_tasks(self) -> list[str]:
         """Names of the tasks with labelled data, in order."""

@@ -35,10 +35,12 @@ class _Opened:
     Attributes:
         tasks: those it has heads for; None where it has one head, for whatever task it is given.
         parts: for a task its own weights, the body's, and what the folder says of the task.
+        complete: puts into a task's module what the folder keeps beside the body.
     """
 
     tasks: tuple[str, ...] | None
     parts: Callable[[str], tuple[Weights, Weights, Mapping[str, Any]]]
+    complete: Callable[[str, nn.Module], None] = lambda task, module: None
 
 
 def evaluate(
@@ -147,7 +149,7 @@ def tasks_of(folder: str | Path) -> tuple[str, ...] | None:
 def _open(path: Path, base: Any) -> _Opened:
     if _was_merged(path):
         merged = load(path)
-        return _Opened(merged.tasks, merged.parts)
+        return _Opened(merged.tasks, merged.parts, merged.complete)
     own_base = open_weights(base) if base is not None else None
     weights = open_weights(path, base=own_base)
     if weights.low_rank and own_base is None:
@@ -174,7 +176,9 @@ def _ready(opened: _Opened, specs: Mapping[str, TaskSpec]) -> Iterator[tuple[str
         known = {key: value for key, value in stated.items() if key in TaskSpec.model_fields}
         given = spec.model_dump(exclude_unset=True)
         task = make_task(name, TaskSpec.model_validate({**known, **given}), part, body)
-        yield name, task, task.skeleton(part, body)
+        module = task.skeleton(part, body)
+        opened.complete(name, module)
+        yield name, task, module
 
 
 def _score(

@@ -194,6 +194,11 @@ class Maker:
             raise UsageError(f"no data to learn from for {', '.join(lacking)}; give them under tasks")
         started = time.perf_counter()
         settings = settings.model_copy(update={"device": str(bench.device)})
+        if settings.route is not None:
+            from ..routing.comparing import learned_routes
+
+            return learned_routes(bench, self._data().values(), prepared, settings, state_file, self.say)
+        bench.plain()
         session = begin(
             prepared, self._data().values(), settings, bench.workers, self.say, body=bench.body,
             modules=bench.modules, hashes=bench.hashes,
@@ -206,6 +211,7 @@ class Maker:
         applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
 
         def again() -> None:
+            bench.plain()
             bench.body.reset(prepared.vectors)
             session.store.materialise(bench.body.tensors, applied, session.where)
             bench.body.load_statistics(state.statistics)
@@ -223,9 +229,13 @@ class Maker:
         )
 
     def _timed(self, fill: Callable[[], None]) -> Made:
+        def again() -> None:
+            self.bench.plain()
+            fill()
+
         started = time.perf_counter()
-        fill()
-        return Made(fill, seconds=time.perf_counter() - started)
+        again()
+        return Made(again, seconds=time.perf_counter() - started)
 
 
 def _weights(weights: Any, experts: Sequence[str]) -> Any:

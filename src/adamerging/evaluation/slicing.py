@@ -87,6 +87,7 @@ def slice_record(
     names = slice_tasks(bench, geometry)
     if names is None:
         return None
+    bench.plain()
     say(f"the loss surface over {' and '.join(names)}")
     prepared = bench.prepared
     refresh = Maker(bench, prepared.vectors.tasks).refresher(prepared, ROUNDS)

@@ -67,6 +67,12 @@ def _data_note(record: Mapping[str, Any]) -> str:
             "Each task has **weights of its own**, made from one vector and its mask in `masks/` "
             "when the folder is opened with the task's name. The body by itself is no multi-task model."
         )
+    if record.get("routing"):
+        notes.append(
+            "It **routes by input**: the linear maps listed under `routing` in `run.json` have other weights "
+            "for every input. `adamerging.load` and `adamerging.load_module` open it so; the body by itself "
+            "is the merge it started from."
+        )
     if record.get("labelled"):
         notes.append("The coefficients were learned from **labelled** data.")
     if record.get("transductive"):
