@@ -17,11 +17,10 @@ from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batchnorm_layers, recalibrate
 from .body import Body
-from .coefficients import Layout
 from .objectives import Objective, sample_entropy
+from .parametrisation import Parametrisation
 from .settings import AdaptSettings
 from .state import State, optimizer_tensors, restore_optimizer
-from .store import VectorStore
 
 
 class NonFiniteLossError(AdamergingError):
@@ -79,7 +78,8 @@ class Loop:
     Args:
         settings: how to learn.
         objective: what to minimise.
-        body, store, where: the working tensors, the vectors, the layout of the coefficients.
+        body: the working tensors.
+        parametrisation: what is learned, and how it gives merged weights.
         learners: the tasks.
         state: where to start; changed in place.
         save: called every so often and at an interruption.
@@ -89,8 +89,7 @@ class Loop:
     settings: AdaptSettings
     objective: Objective
     body: Body
-    store: VectorStore
-    where: Layout
+    parametrisation: Parametrisation
     learners: Sequence[Learner]
     state: State
     save: Callable[[State], None] = lambda _: None
@@ -107,7 +106,7 @@ class Loop:
         values = state.values.detach().clone().requires_grad_(True)
         optimizer = make_optimizer(settings, values)
         restore_optimizer(optimizer, state.optimizer)
-        self.body.train_only({entry.name for entry in self.store.entries()})
+        self.body.train_only({entry.name for entry in self.parametrisation.entries()})
         try:
             while state.step < settings.steps:
                 self._merge(values, state)
@@ -142,11 +141,11 @@ class Loop:
 
     def effective(self, values: Tensor) -> Tensor:
         """The coefficients as they are applied."""
-        return values.clamp(0, 1) if self.settings.clamp == "forward" else values
+        return self.parametrisation.clamped(values) if self.settings.clamp == "forward" else values
 
     def _merge(self, values: Tensor, state: State) -> None:
         """Write the merged weights, and keep BatchNorm statistics up with them."""
-        self.store.materialise(self.body.tensors, self.effective(values), self.where)
+        self.parametrisation.materialise(self.body.tensors, self.effective(values))
         if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
             return
         if state.statistics and state.step % self.settings.batchnorm_every:
@@ -186,7 +185,7 @@ class Loop:
         effective = self.effective(values)
         optimizer.zero_grad()
         if effective.requires_grad:
-            gradient = self.store.pull_back(self.body.gradients(), self.where)
+            gradient = self.parametrisation.pull_back(self.body.gradients(), effective)
             effective.backward(gradient.to(effective))  # type: ignore[no-untyped-call]
         self.body.clear_gradients()
         for group in optimizer.param_groups:
@@ -194,7 +193,7 @@ class Loop:
         optimizer.step()
         if settings.clamp == "project":
             with torch.no_grad():
-                values.clamp_(0, 1)
+                values.copy_(self.parametrisation.clamped(values))
         self._note(state, {"step": state.step, "loss": losses, "seconds": time.perf_counter() - started})
 
     def _rate(self, step: int) -> float:

@@ -20,11 +20,13 @@ from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
-from .coefficients import Layout, layout, load_coefficients
+from .coefficients import Layout, layout
+from .gates import make_gates
 from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
+from .parametrisation import Coefficients, Parametrisation
 from .settings import AdaptSettings, resolve
-from .stack import Stack, build_stack
+from .stack import build_stack
 from .state import State, load_state, save_state
 from .store import VectorStore
 
@@ -40,7 +42,10 @@ class Session:
         settings: how to learn.
         objective: what to minimise.
         tasks: in the experts' order.
-        workers, store, body, learners, where, stack: the working parts.
+        parametrisation: what is learned, and how it gives merged weights.
+        labels: of the rows that coefficients belong to.
+        nbytes: size of what was computed of the task vectors beforehand.
+        workers, body, learners: the working parts.
         hashes: sha256 of the weight files.
         fingerprint: of weights, data and settings; a saved state fits only the same.
     """
@@ -49,13 +54,18 @@ class Session:
     settings: AdaptSettings
     objective: Objective
     workers: Workers
-    store: VectorStore
+    parametrisation: Parametrisation
+    labels: tuple[str, ...]
+    nbytes: int
     body: Body
     learners: list[Learner]
-    where: Layout
-    stack: Stack
     hashes: Mapping[Path, str]
     fingerprint: str
+
+    @property
+    def where(self) -> Layout:
+        """Layout of the coefficients."""
+        return self.parametrisation.where
 
 
 def open_session(
@@ -111,12 +121,20 @@ def begin(
     if hashes is None:
         hashes = hash_files(inputs, workers)
     content = [content_of(weights, hashes) for weights in inputs]
-    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
-    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
-    store.scan()
-    if not store.entries():
-        raise UsageError("every expert is identical to the base: there is nothing to merge")
-    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+    texts = [str(item) for item in content]
+    parametrisation: Parametrisation
+    if settings.granularity == "singular":
+        gates = make_gates(settings, vectors, workers, texts, device, say)
+        parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
+    else:
+        stack = build_stack(settings, vectors, workers, texts, say)
+        store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
+        store.scan()
+        if not store.entries():
+            raise UsageError("every expert is identical to the base: there is nothing to merge")
+        where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+        parametrisation = Coefficients(store, where, stack.initial)
+        labels, nbytes = stack.labels, stack.nbytes
     body = Body(vectors, device) if body is None else body
     body.reset(vectors)
     ready = modules or {}
@@ -126,10 +144,11 @@ def begin(
         data.append(sha256_file(Path(settings.coefficients)))
     dumped = settings.model_dump(exclude={"save_every", "budget"})
     merging = prepared.settings.model_dump(exclude={"threads"})
-    fingerprint = key("state", content, data, dumped, merging, list(stack.labels))
+    fingerprint = key("state", content, data, dumped, merging, list(labels))
     session = Session(
-        prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
-    )
+        prepared, settings, objective, workers, parametrisation, labels, nbytes, body, learners, hashes,
+        fingerprint,
+    )  # fmt: skip
     ask_experts(session, content, say)
     return session
 
@@ -270,11 +289,16 @@ def hash_files(inputs: Sequence[Weights], workers: Workers) -> dict[Path, str]:
     return dict(zip(unique, workers.map(sha256_file, unique), strict=True))
 
 
+def applied_values(session: Session, values: Tensor) -> Tensor:
+    """The values as they give the merged weights."""
+    return session.parametrisation.clamped(values) if session.settings.clamp == "forward" else values
+
+
 def first_values(session: Session) -> Tensor:
     """The coefficients that learning starts from."""
     if session.settings.coefficients is not None:
-        return load_coefficients(session.settings.coefficients, session.where)
-    return session.where.full(session.stack.initial, torch.float64)
+        return session.parametrisation.load(session.settings.coefficients)
+    return session.parametrisation.first()
 
 
 def learn(
@@ -290,7 +314,7 @@ def learn(
         NonFiniteLossError: see `Loop.run`.
         InterruptedRun: see `Loop.run`; it says whether the state was saved.
     """
-    settings, where = session.settings, session.where
+    settings = session.settings
     state = load_state(state_file, session.fingerprint) if state_file is not None else None
     if state is None:
         dtype = (
@@ -308,8 +332,7 @@ def learn(
         settings,
         session.objective,
         session.body,
-        session.store,
-        where,
+        session.parametrisation,
         session.learners,
         state,
         save,

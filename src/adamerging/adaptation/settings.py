@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import UsageError
 from ..validation import make
 
-Granularity = Literal["task", "block", "tensor", "row"]
+Granularity = Literal["task", "block", "tensor", "row", "singular"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The product's default, see docs/adapting.md: a TSV-M merge to start from, a coefficient for every row
@@ -39,6 +39,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper++": {"vectors": "ties"},
     # FusionBench's settings for CLIP.
     "fusionbench": {"steps": 1000, "clamp": "none"},
+    # AdaRank as published (arXiv 2503.22178), over task arithmetic; over others with start: cart, tsv_m, ...
+    "adarank": {"granularity": "singular", "steps": 10_000, "clamp": "none"},
 }
 
 
@@ -51,7 +53,9 @@ class AdaptSettings(BaseModel):
         "recommended", description="Where unset fields come from: " + ", ".join(PRESETS) + "."
     )
     granularity: Granularity = Field(
-        "tensor", description="What one coefficient covers: task, block, tensor (the paper's layer), or row."
+        "tensor",
+        description="What one coefficient covers: task, block, tensor (the paper's layer), or row; singular: "
+        "a tensor, and each singular component of a matrix has a gate.",
     )
     start: str | list[Any] | None = Field(
         None,
@@ -62,6 +66,19 @@ class AdaptSettings(BaseModel):
         description="A method whose transform is applied to the task vectors first (ties for AdaMerging++).",
     )
     initial: float = Field(0.3, description="First value of the experts' coefficients.")
+    gated: Literal["blocks", "all"] = Field(
+        "blocks", description="Matrices whose components have gates: those inside blocks, or all (singular)."
+    )
+    kept: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Part of a matrix's rank whose gates are open at the start (singular); all, or as "
+        "`start` has it.",
+    )
+    gate: float = Field(
+        0.1, gt=0, description="First distance of a gate from closing: gate / lr steps turn it (singular)."
+    )
     coefficients: str | None = Field(
         None, description="File of coefficients of an earlier run to start from."
     )

@@ -10,7 +10,7 @@ merge, and nothing of the size of K models is ever held, unless a budget allows 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -39,6 +39,7 @@ class VectorStore:
         experts: whether the experts' own task vectors follow them.
         device: where the merged weights live.
         budget: bytes that may hold the stack itself on ``device``; it is kept there if it fits.
+        only: names of the tensors to deal with; all when None.
     """
 
     vectors: TaskVectors
@@ -47,6 +48,7 @@ class VectorStore:
     experts: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     budget: int = 0
+    only: Collection[str] | None = None
     _opened: dict[str, Opened] = field(default_factory=dict)
     _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -56,7 +58,11 @@ class VectorStore:
         Before `scan` nobody knows which are unchanged: then all that are merged count.
         """
         unchanged = set(self.vectors.unchanged()) if self.vectors.scanned else set()
-        return [entry for entry in self.vectors.entries() if entry.name not in unchanged]
+        return [
+            entry
+            for entry in self.vectors.entries()
+            if entry.name not in unchanged and (self.only is None or entry.name in self.only)
+        ]
 
     def scan(self) -> None:
         """Read everything once, which finds the tensors no expert changed; keep what the budget allows."""
