@@ -247,7 +247,7 @@ def adapt_record(
         "tasks": {learner.task.name: dict(learner.task.settings) for learner in session.learners},
         "stack": list(session.labels),
         "cached_bytes": session.nbytes,
-        "coefficients": state.values.numel(),
+        "coefficients": session.parametrisation.count(applied),
         **session.parametrisation.record(applied),
         "step": chosen,
         "start": checks[0] if checks else None,

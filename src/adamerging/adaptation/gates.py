@@ -27,7 +27,7 @@ from ..plan import Entry
 from ..stream import Workers
 from ..task_vectors import TaskVectors
 from .coefficients import Layout, layout, table
-from .parametrisation import Records
+from .parametrisation import FILE, Records
 from .settings import AdaptSettings
 from .spectrum import Matrix, Part, Spectrum, build_spectrum, open_at_first
 from .store import VectorStore
@@ -175,17 +175,21 @@ class Gates:
                 found[slot.part.row, column] = values[slot.coefficient]
         return found
 
-    def save(self, path: Path, values: Tensor) -> None:
+    def count(self, values: Tensor) -> int:
+        """How many coefficients and gates."""
+        return values.numel()
+
+    def write(self, folder: Path, values: Tensor) -> None:
         """Write λ by tensor ``(rows,)``, and logits as ``<tensor>/gates/<row>``."""
         scales = self.coefficients(values)
         tensors = {name: scales[:, column].clone() for name, (column, _) in self.where.spans.items()}
         for matrix, slots in self._slots:
             for slot in slots:
                 tensors[self._gates_name(matrix, slot)] = values[slot.gates].clone()
-        write_tensors(path, tensors, {"granularity": GRANULARITY, "rows": "\n".join(self.rows)})
+        write_tensors(folder / FILE, tensors, {"granularity": GRANULARITY, "rows": "\n".join(self.rows)})
 
     def load(self, path: str | Path) -> Tensor:
-        """What `save` wrote, aligned by the names of rows and tensors. Raises as `Parametrisation.load`."""
+        """What `write` wrote, aligned by the names of rows and tensors. Raises as `Parametrisation.load`."""
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}

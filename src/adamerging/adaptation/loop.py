@@ -160,28 +160,9 @@ class Loop:
         return {name: self.body.tensors[name].detach().clone() for name in names}
 
     def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
-        settings, device = self.settings, self.body.device
+        settings = self.settings
         started = time.perf_counter()
-        self.body.clear_gradients()
-        losses: dict[str, float] = {}
-        with autocast(self.settings, self.body):
-            for learner in self.learners:
-                for part in range(settings.batches_per_step):
-                    samples = learner.batches.at(state.step * settings.batches_per_step + part)
-                    logits = learner.task.forward(learner.module, learner.inputs(samples, device))
-                    loss = self.objective.loss(
-                        logits.float() if logits.dtype == torch.bfloat16 else logits,
-                        learner.target(self.objective, samples, device),
-                    )
-                    value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise NonFiniteLossError(
-                            f"the loss of task '{learner.task.name}' is {value} at step {state.step}; "
-                            "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
-                        )
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    name = learner.task.name
-                    losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+        losses = run_batches(settings, self.objective, self.body, self.learners, state.step)
         effective = self.effective(values)
         optimizer.zero_grad()
         if effective.requires_grad:
@@ -244,6 +225,39 @@ class Loop:
     def _note(self, state: State, record: dict[str, Any]) -> None:
         state.history.append(record)
         self.callback({**record, "steps": self.settings.steps, "objective": self.objective.name})
+
+
+def run_batches(
+    settings: AdaptSettings, objective: Objective, body: Body, learners: Sequence[Learner], step: int
+) -> dict[str, float]:
+    """The batches of a step of every task, forward and backward; loss by task.
+
+    The gradients of all add up in the body.
+
+    Raises:
+        NonFiniteLossError: names the task and step.
+    """
+    body.clear_gradients()
+    losses: dict[str, float] = {}
+    with autocast(settings, body):
+        for learner in learners:
+            for part in range(settings.batches_per_step):
+                samples = learner.batches.at(step * settings.batches_per_step + part)
+                logits = learner.task.forward(learner.module, learner.inputs(samples, body.device))
+                loss = objective.loss(
+                    logits.float() if logits.dtype == torch.bfloat16 else logits,
+                    learner.target(objective, samples, body.device),
+                )
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(
+                        f"the loss of task '{learner.task.name}' is {value} at step {step}; "
+                        "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                name = learner.task.name
+                losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+    return losses
 
 
 def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optimizer:

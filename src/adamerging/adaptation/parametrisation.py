@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..plan import Entry
 from .coefficients import Layout, load_coefficients, save_coefficients, table
+from .mask import Mask
 from .store import VectorStore
 
+FILE = "coefficients.safetensors"
 Records = Sequence[Mapping[str, object]]
 
 
@@ -57,12 +59,16 @@ class Parametrisation(Protocol):
         """``(rows, width)`` the coefficients among the values, laid out as `where` says."""
         ...
 
-    def save(self, path: Path, values: Tensor) -> None:
-        """Write the values as safetensors, by name."""
+    def count(self, values: Tensor) -> int:
+        """How many numbers are learned."""
+        ...
+
+    def write(self, folder: Path, values: Tensor) -> None:
+        """Write what was learned into a folder as safetensors, by name: `FILE`, and perhaps others."""
         ...
 
     def load(self, path: str | Path) -> Tensor:
-        """What `save` wrote, of this or another run, aligned by name.
+        """The values that `write` wrote into `FILE`, of this or another run, aligned by name.
 
         Raises:
             WeightsError: the file cannot be read.
@@ -79,7 +85,7 @@ class Parametrisation(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Coefficients:
     """A coefficient for each row of the stack and group of values.
 
@@ -87,11 +93,13 @@ class Coefficients:
         store: base and stack.
         where: which values a coefficient covers.
         initial: first coefficient of each row.
+        mask: that the stack is multiplied with, once it is learned.
     """
 
     store: VectorStore
     where: Layout
     initial: Sequence[float]
+    mask: Mask | None = None
 
     def entries(self) -> Sequence[Entry]:
         """See `Parametrisation`, as for all that follows."""
@@ -112,14 +120,20 @@ class Coefficients:
     def coefficients(self, values: Tensor) -> Tensor:  # noqa: D102
         return values
 
-    def save(self, path: Path, values: Tensor) -> None:  # noqa: D102
-        save_coefficients(path, values, self.where)
+    def count(self, values: Tensor) -> int:  # noqa: D102
+        return values.numel() + (self.mask.count if self.mask is not None else 0)
+
+    def write(self, folder: Path, values: Tensor) -> None:  # noqa: D102
+        save_coefficients(folder / FILE, values, self.where)
+        if self.mask is not None:
+            self.mask.write(folder)
 
     def load(self, path: str | Path) -> Tensor:  # noqa: D102
         return load_coefficients(path, self.where)
 
     def tables(self, values: Tensor) -> Mapping[str, Records]:  # noqa: D102
-        return {"coefficients.csv": table(values, self.where)}
+        tables: dict[str, Records] = {"coefficients.csv": table(values, self.where)}
+        return tables if self.mask is None else tables | {"mask.csv": self.mask.table()}
 
     def record(self, values: Tensor) -> Mapping[str, Any]:  # noqa: D102
-        return {}
+        return {} if self.mask is None else {"mask": self.mask.record()}

@@ -21,13 +21,14 @@ from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
 from .coefficients import Layout, layout
+from .concrete import learn_mask
 from .gates import make_gates
 from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
 from .parametrisation import Coefficients, Parametrisation
 from .settings import AdaptSettings, resolve
 from .stack import build_stack
-from .state import State, load_state, save_state
+from .state import State, load_state, mask_state, save_state
 from .store import VectorStore
 
 Say = Callable[[str], None]
@@ -124,6 +125,8 @@ def begin(
     texts = [str(item) for item in content]
     parametrisation: Parametrisation
     if settings.granularity == "singular":
+        if settings.mask is not None:
+            raise UsageError("mask: a mask over values and gates on singular components exclude each other")
         gates = make_gates(settings, vectors, workers, texts, device, say)
         parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
     else:
@@ -142,6 +145,8 @@ def begin(
     data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
+    if settings.mask is not None and settings.mask.logits and Path(settings.mask.logits).is_file():
+        data.append(sha256_file(Path(settings.mask.logits)))
     dumped = settings.model_dump(exclude={"save_every", "budget"})
     merging = prepared.settings.model_dump(exclude={"threads"})
     fingerprint = key("state", content, data, dumped, merging, list(labels))
@@ -296,9 +301,21 @@ def applied_values(session: Session, values: Tensor) -> Tensor:
 
 def first_values(session: Session) -> Tensor:
     """The coefficients that learning starts from."""
-    if session.settings.coefficients is not None:
-        return session.parametrisation.load(session.settings.coefficients)
-    return session.parametrisation.first()
+    parametrisation, path = session.parametrisation, session.settings.coefficients
+    doubled = any(tensor.dtype == torch.float64 for tensor in session.body.tensors.values())
+    values = parametrisation.first() if path is None else parametrisation.load(path)
+    return values.to(torch.float64 if doubled else torch.float32)
+
+
+def use_mask(
+    session: Session, state_file: Path | None, callback: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Learn the mask over the task vectors, and put it on them. Raises as `learn_mask`."""
+    parametrisation = session.parametrisation
+    assert isinstance(parametrisation, Coefficients)
+    path = mask_state(state_file) if state_file is not None else None
+    parametrisation.mask = learn_mask(session, first_values(session), path, callback)
+    parametrisation.store.mask = parametrisation.mask.weights()
 
 
 def learn(
@@ -315,14 +332,11 @@ def learn(
         InterruptedRun: see `Loop.run`; it says whether the state was saved.
     """
     settings = session.settings
+    if settings.mask is not None:
+        use_mask(session, state_file, callback)
     state = load_state(state_file, session.fingerprint) if state_file is not None else None
     if state is None:
-        dtype = (
-            torch.float64
-            if any(t.dtype == torch.float64 for t in session.body.tensors.values())
-            else torch.float32
-        )
-        state = State(0, first_values(session).to(dtype))
+        state = State(0, first_values(session))
 
     def save(current: State) -> None:
         if state_file is not None:

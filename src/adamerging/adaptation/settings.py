@@ -39,9 +39,28 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper++": {"vectors": "ties"},
     # FusionBench's settings for CLIP.
     "fusionbench": {"steps": 1000, "clamp": "none"},
+    # Concrete AdaMerging (arXiv 2312.06173): a mask learned by two-level descent, then the coefficients.
+    "concrete": {"steps": 1000, "clamp": "none", "mask": {}},
     # AdaRank as published (arXiv 2503.22178), over task arithmetic; over others with start: cart, tsv_m, ...
     "adarank": {"granularity": "singular", "steps": 10_000, "clamp": "none"},
 }
+
+
+class MaskSettings(BaseModel):
+    """How a mask over the task vectors is learned before the coefficients (Concrete, arXiv 2312.06173)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    steps: int = Field(
+        2000, ge=0, description="Steps in which the mask is learned; two batches of each task."
+    )
+    lr: float = Field(1e-3, gt=0, description="Learning rate of the logits, by Adam.")
+    temperature: float = Field(0.5, gt=0, description="Of the relaxed Bernoulli distribution.")
+    initial: float = Field(0.0, description="First value of the logits.")
+    kind: Literal["soft", "hard"] = Field(
+        "soft", description="The mask in the end: sigmoid of the logits, or 1 where they are above 0."
+    )
+    logits: str | None = Field(None, description="File of logits of an earlier run (mask.safetensors).")
 
 
 class AdaptSettings(BaseModel):
@@ -81,6 +100,9 @@ class AdaptSettings(BaseModel):
     )
     coefficients: str | None = Field(
         None, description="File of coefficients of an earlier run to start from."
+    )
+    mask: MaskSettings | None = Field(
+        None, description="Learn a mask that all task vectors share, before the coefficients."
     )
     clamp: Literal["forward", "project", "none"] = Field(
         "forward",

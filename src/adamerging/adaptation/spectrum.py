@@ -231,6 +231,22 @@ def specs_of(
     return specs
 
 
+def sizes(settings: AdaptSettings, vectors: TaskVectors) -> tuple[int, int]:
+    """How many coefficients and gates there will be at most, and how many bytes on disk.
+
+    Raises:
+        UsageError: see `source_of` and `with_gates`.
+    """
+    source, entries = source_of(settings, vectors), vectors.entries()
+    gated = with_gates(settings, vectors, entries)
+    names = {entry.name for entry in gated}
+    others = [entry for entry in entries if entry.name not in names]
+    ranks = [rank for entry in gated for rank in ranks_of(source, vectors, entry) if rank]
+    specs = specs_of(source, vectors, gated, others)
+    count = sum(ranks) + len(ranks) + len(source.plain_rows) * len(others)
+    return count, sum(spec.nbytes for spec in specs.values())
+
+
 def build_spectrum(
     settings: AdaptSettings,
     vectors: TaskVectors,

@@ -41,7 +41,7 @@ def write_folder(
         tasks: whose fixed heads are written too.
     """
     hashes = write_model(folder, prepared, body, tasks)
-    parametrisation.save(folder.path / "coefficients.safetensors", values.to(torch.float32))
+    parametrisation.write(folder.path, values.to(torch.float32))
     for name, records in parametrisation.tables(values).items():
         folder.write_text(name, as_csv(records))
     folder.write_text("history.jsonl", "".join(json.dumps(record) + "\n" for record in history))

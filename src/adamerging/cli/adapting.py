@@ -12,6 +12,7 @@ from .planned import notes_of, scores_table, treatments
 
 if TYPE_CHECKING:
     from ..adaptation.adapt import AdaptResult
+    from ..adaptation.settings import AdaptSettings
     from ..recipe import Recipe
 
 MANY = 6
@@ -82,7 +83,7 @@ def _show(result: AdaptResult, as_json: bool) -> None:
     console = show.console()
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
     console.print(
-        f"Learned {record['coefficients']} coefficients for {len(record['experts'])} experts by "
+        f"Learned {what_of(record)} for {len(record['experts'])} experts by "
         f"{record['adapt']['objective']}{said}, and merged into {out}: "
         f"{show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
@@ -90,11 +91,31 @@ def _show(result: AdaptResult, as_json: bool) -> None:
     if record["start"] is not None and record["end"] is not None:
         console.print()
         console.print(_checks(record))
+    if "kept_components" in record:
+        console.print()
+        console.print(_components(record))
     if "scores" in record:
         console.print()
         console.print(scores_table(record))
     for text in result.warnings:
         show.warn(text)
+
+
+def what_of(record: Mapping[str, Any]) -> str:
+    """What was learned, in words."""
+    gates = record.get("gates", 0)
+    scales = f"{record['coefficients'] - gates} coefficients"
+    return f"{scales} and {gates} gates of singular components" if gates else scales
+
+
+def _components(record: Mapping[str, Any]) -> Any:
+    """How many singular components of each row are kept, by block."""
+    labels = record["stack"]
+    rows = [
+        (block, *(f"{kept[label][0]} of {kept[label][1]}" if label in kept else "" for label in labels))
+        for block, kept in record["kept_components"].items()
+    ]
+    return show.table("Singular components kept", ["block", *(f">{label}" for label in labels)], rows)
 
 
 def _checks(record: Mapping[str, Any]) -> Any:
@@ -114,6 +135,12 @@ def _checks(record: Mapping[str, Any]) -> Any:
     if rows and len(rows[0]) == 5:
         columns += [">agrees with expert", ">then"]
     return show.table(title, columns, rows)
+
+
+def _kind(settings: AdaptSettings) -> str:
+    if settings.granularity == "singular":
+        return "coefficients and gates of singular components"
+    return f"{settings.granularity}-wise coefficients"
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
@@ -136,7 +163,7 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         return
     console = show.console()
     console.print(
-        f"Would learn {settings.granularity}-wise coefficients for {', '.join(prepared.vectors.tasks)} by "
+        f"Would learn {_kind(settings)} for {', '.join(prepared.vectors.tasks)} by "
         f"{settings.objective}, in {found.steps} steps.",
         soft_wrap=True,
     )

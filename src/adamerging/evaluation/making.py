@@ -220,7 +220,7 @@ class Maker:
             coefficients=_coefficients(
                 session, table(session.parametrisation.coefficients(applied), session.where)
             ),
-            parameters=applied.numel(),
+            parameters=session.parametrisation.count(applied),
             seconds=time.perf_counter() - started,
         )
 
