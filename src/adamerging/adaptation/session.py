@@ -125,8 +125,6 @@ def begin(
     texts = [str(item) for item in content]
     parametrisation: Parametrisation
     if settings.granularity == "singular":
-        if settings.mask is not None:
-            raise UsageError("mask: a mask over values and gates on singular components exclude each other")
         gates = make_gates(settings, vectors, workers, texts, device, say)
         parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
     else:

@@ -169,12 +169,20 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """The settings with unset fields filled from the preset.
 
     Raises:
-        UsageError: unknown preset, unknown or unreadable fields.
+        UsageError: unknown preset, unknown or unreadable fields, fields that exclude each other.
     """
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
     settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
+    stray = [name for name in ("gated", "kept", "gate") if name in fields]
+    if stray and settings.granularity != "singular":
+        raise UsageError(
+            f"{', '.join(stray)}: there are gates with granularity: singular alone, and it is "
+            f"'{settings.granularity}'"
+        )
+    if settings.mask is not None and settings.granularity == "singular":
+        raise UsageError("mask: a mask over values and gates on singular components exclude each other")
     if settings.precision == "auto":
         chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
         settings = settings.model_copy(update={"precision": chosen})
