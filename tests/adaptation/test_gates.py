@@ -359,6 +359,9 @@ def test_gates_of_another_merge_are_refused(tmp_path):
         ({"kept": 1.5}, "kept"),
         ({"gate": 0.0}, "gate"),
         ({"gated": "some"}, "gated"),
+        ({"kept": 0.5, "granularity": "row"}, "kept: there are gates with granularity: singular alone"),
+        ({"mask": {}}, "exclude each other"),
+        ({"mask": {"stepz": 3}}, "unknown key 'mask.stepz', did you mean 'steps'"),
     ],
 )
 def test_what_cannot_be_is_said(fields, said):

@@ -66,12 +66,16 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
         for task in ordered
         if task.adapt is not None
     }
+    memory = body + merged + heads + (kept if kept <= settings.budget * 1e9 else 0) + count * 16
+    if settings.mask is not None:  # logits, two moments, the mask and its gradient
+        count += sum(vectors.numel(entry) for entry in vectors.entries())
+        memory += 5 * merged
     return AdaptEstimate(
         {name: (len(train), len(held)) for name, (train, held) in parts.items()},
         count,
         settings.steps,
         cached,
         str(cache_folder()),
-        body + merged + heads + count * 16 + (kept if kept <= settings.budget * 1e9 else 0),
+        memory,
         prepared.nbytes,
     )
