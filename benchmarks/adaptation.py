@@ -122,13 +122,13 @@ def measure(args: argparse.Namespace) -> None:
             workers,
             print_error,
         )
-        body, where, store = session.body, session.where, session.store
-        state = State(0, where.full(session.stack.initial))
-        loop = Loop(session.settings, session.objective, body, store, where, session.learners, state)
+        body, learned = session.body, session.parametrisation
+        state = State(0, learned.first().float())
+        loop = Loop(session.settings, session.objective, body, learned, session.learners, state)
         values = state.values.clone().requires_grad_(True)
         adam = torch.optim.Adam([values], lr=1e-3)
-        trained = [body.tensors[entry.name] for entry in store.entries()]
-        body.train_only({entry.name for entry in store.entries()})
+        trained = [body.tensors[entry.name] for entry in learned.entries()]
+        body.train_only({entry.name for entry in learned.entries()})
 
         def adapt_step() -> None:
             loop._merge(values, state)

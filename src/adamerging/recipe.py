@@ -293,6 +293,9 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
                 spec[key] = beside(recipe.parent, spec[key])
     if isinstance(adapt, dict) and isinstance(adapt.get("coefficients"), str):
         adapt["coefficients"] = beside(recipe.parent, adapt["coefficients"])
+    mask = adapt.get("mask") if isinstance(adapt, dict) else None
+    if isinstance(mask, dict) and isinstance(mask.get("logits"), str):
+        mask["logits"] = beside(recipe.parent, mask["logits"])
 
 
 def _settings_of(adapt: Any) -> Mapping[str, Any]:

@@ -406,3 +406,64 @@ def test_a_data_file_that_changed_is_refused(cli, root, tmp_path, monkeypatch):
     assert "used other weights, data or settings" in ended.err
     (tmp_path / "data.jsonl").write_text("".join(rows))
     assert cli("merge", path).code == 0
+
+
+def test_gates_are_learned_and_told(cli, root, tmp_path):
+    adapt = {"preset": "adarank", "start": "tsv_m", "objective": "agreement", "steps": 3, "lr": 0.2}
+    path = recipe(root, tmp_path, adapt=adapt)
+    planned = cli("merge", path, "--dry-run")
+    assert planned.code == 0, planned.err
+    assert "Would learn coefficients and gates of singular components for sst2, trec, agnews" in planned.out
+    estimate = json.loads(cli("merge", path, "--dry-run", "--json").out)["estimate"]
+    ended = cli("merge", path)
+    assert ended.code == 0, ended.err
+    record = json.loads((tmp_path / "merged" / "run.json").read_text())
+    assert record["coefficients"] <= estimate["coefficients"]
+    assert record["cached_bytes"] <= estimate["cached"]
+    scales = record["coefficients"] - record["gates"]
+    assert f"Learned {scales} coefficients and {record['gates']} gates of singular components" in ended.out
+    assert "Singular components kept" in ended.out
+    for block, kept in record["kept_components"].items():
+        assert block in ended.out and f"{kept['trec'][0]} of {kept['trec'][1]}" in ended.out
+    assert set(LABELS) == set(am.load(tmp_path / "merged").tasks)
+
+
+def test_a_mask_is_learned_and_goes_on_in_another_run(cli, root, tmp_path):
+    adapt = {"preset": "concrete", "steps": 2, "mask": {"steps": 3, "lr": 0.1}}
+    path = recipe(root, tmp_path, adapt=adapt)
+    estimate = json.loads(cli("merge", path, "--dry-run", "--json").out)["estimate"]
+    ended = cli("merge", path)
+    assert ended.code == 0, ended.err
+    record = json.loads((tmp_path / "merged" / "run.json").read_text())
+    assert record["mask"]["steps"] == 3
+    assert record["mask"]["logits"] < record["coefficients"] <= estimate["coefficients"]
+    again = {**adapt, "mask": {"steps": 0, "logits": "merged/mask.safetensors"}}
+    path = recipe(root, tmp_path, adapt=again, out="again")
+    ended = cli("merge", path)
+    assert ended.code == 0, ended.err
+    one, two = (load_file(tmp_path / name / "mask.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    ("adapt", "said"),
+    [
+        ({"preset": "adarank", "start": "cart", "vectors": "ties"}, "give one of them"),
+        ({"preset": "adarank", "start": "carts"}, "did you mean 'cart'"),
+        ({"preset": "adarank", "kept": 2.0}, "kept"),
+        ({"preset": "recommended", "kept": 0.5}, "there are gates with granularity: singular alone"),
+        ({"preset": "adarank", "coefficients": "nowhere.safetensors"}, "not a readable file of coefficients"),
+        ({"preset": "concrete", "mask": {"logits": "no.safetensors"}}, "not a readable file of logits"),
+        ({"preset": "concrete", "granularity": "singular"}, "exclude each other"),
+        ({"preset": "concrete", "mask": {"temperature": 0.0}}, "mask.temperature"),
+        ({"preset": "concrete", "mask": "hard"}, "mask"),
+        ({"preset": "adarang"}, "there is no preset 'adarang'"),
+    ],
+    ids=str,
+)
+def test_gates_and_masks_that_cannot_be_are_refused(cli, root, tmp_path, adapt, said):
+    ended = cli("merge", recipe(root, tmp_path, adapt={"steps": 1, **adapt}))
+    assert ended.code in (1, 2, 3, 4)
+    assert said in " ".join(ended.err.split())
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "merged").exists()

@@ -73,14 +73,14 @@ def test_gradient_equals_autograd(granularity, model, objective):
         where = session.where
         torch.manual_seed(1)
         values = torch.rand(len(where.rows), where.width, dtype=torch.float64)
-        session.store.materialise(session.body.tensors, values, where)
-        session.body.train_only({e.name for e in session.store.entries()})
+        session.parametrisation.materialise(session.body.tensors, values)
+        session.body.train_only({e.name for e in session.parametrisation.entries()})
         loss_of = OBJECTIVES[objective](**options)
         for learner in session.learners:
             samples = learner.batches.at(0)
             logits = learner.task.forward(learner.module, learner.inputs(samples, session.body.device))
             loss_of.loss(logits, learner.target(loss_of, samples, session.body.device)).backward()
-        found = session.store.pull_back(session.body.gradients(), where)
+        found = session.parametrisation.pull_back(session.body.gradients(), values)
 
     leaf = values.clone().requires_grad_(True)
 

@@ -17,6 +17,7 @@ from adaptation.toy import make_experts, make_task, make_tasks
 
 RUNS = {
     "paper": {"preset": "paper", "lr": 0.05, "save_every": 4, "batchnorm_every": 3},
+    "adarank": {"preset": "adarank", "lr": 0.05, "kept": 0.5, "save_every": 4},
     "recommended": {"start": "task_arithmetic", "check_every": 3, "save_every": 4, "batch_size": 8},
 }
 STEPS = 14
@@ -56,7 +57,8 @@ def same_folder(one, two):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_and_resumed_is_uninterrupted(name, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    here = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, name, str(tmp_path / "killed")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -93,10 +93,10 @@ def test_a_start_joins_the_experts_and_is_the_merge_itself():
     base, experts = make_experts()
     with Workers(1) as workers:
         session = opened(base, experts, workers, start="tsv_m", initial=0.0, clamp="none", granularity="row")
-        assert session.stack.labels == ("combined", *experts)
-        assert session.where.rows == session.stack.labels
-        values = session.where.full(session.stack.initial, torch.float64)
-        session.store.materialise(session.body.tensors, values, session.where)
+        assert session.labels == ("combined", *experts)
+        assert session.where.rows == session.labels
+        values = session.parametrisation.first()
+        session.parametrisation.materialise(session.body.tensors, values)
     wanted = merge(base, experts, method="tsv_m").body
     for name, tensor in session.body.tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-12, msg=name)
@@ -107,8 +107,8 @@ def test_a_start_with_options_and_a_chain():
     start = [{"dare": {"density": 0.5, "seed": 3}}, {"ties": {"density": 0.6}}]
     with Workers(1) as workers:
         session = opened(base, experts, workers, start=start, initial=0.0)
-        values = session.where.full(session.stack.initial, torch.float64)
-        session.store.materialise(session.body.tensors, values, session.where)
+        values = session.parametrisation.first()
+        session.parametrisation.materialise(session.body.tensors, values)
     wanted = merge(base, experts, method=start).body
     for name, tensor in session.body.tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-12, msg=name)
@@ -140,9 +140,9 @@ def test_plus_plus_learns_on_the_trimmed_and_elected_vectors():
     with Workers(1) as workers:
         session = opened(base, experts, workers, {"preset": "paper++"})
         wanted = ties_vectors(base, experts)
-        assert session.stack.labels == tuple(experts)
-        for entry in session.store.entries():
-            _, stack = session.store.read(entry, 0, entry.spec.numel)
+        assert session.labels == tuple(experts)
+        for entry in session.parametrisation.entries():
+            _, stack = session.parametrisation.store.read(entry, 0, entry.spec.numel)
             torch.testing.assert_close(stack, wanted[entry.name], rtol=0, atol=1e-12, msg=entry.name)
 
 
@@ -169,8 +169,8 @@ def test_every_data_free_merge_can_be_started_from(start):
     base, experts = make_experts()
     with Workers(1) as workers:
         session = opened(base, experts, workers, start=start, initial=0.0, clamp="none")
-        values = session.where.full(session.stack.initial, torch.float64)
-        session.store.materialise(session.body.tensors, values, session.where)
+        values = session.parametrisation.first()
+        session.parametrisation.materialise(session.body.tensors, values)
     wanted = merge(base, experts, method=start).body
     for name, tensor in session.body.tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-12, msg=name)
@@ -181,9 +181,9 @@ def test_coefficients_of_one_on_what_a_method_makes_of_each_expert_are_its_merge
     base, experts = make_experts()
     with Workers(1) as workers:
         session = opened(base, experts, workers, vectors=method, initial=1.0, clamp="none")
-        assert session.stack.labels == tuple(experts)
-        values = session.where.full(session.stack.initial, torch.float64)
-        session.store.materialise(session.body.tensors, values, session.where)
+        assert session.labels == tuple(experts)
+        values = session.parametrisation.first()
+        session.parametrisation.materialise(session.body.tensors, values)
     wanted = merge(base, experts, method=method).body
     for name, tensor in session.body.tensors.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-12, msg=name)
@@ -218,8 +218,8 @@ def test_a_transform_is_taken_from_the_cache(settings, monkeypatch):
         monkeypatch.setattr(Pipeline, "chunks", lambda *_: pytest.fail("computed twice"))
         second = opened(base, experts, workers, settings)
         assert first.where == second.where
-        for name, rows in first.stack.cached.items():
-            assert torch.equal(rows, second.stack.cached[name])
+        for name, rows in first.parametrisation.store.cached.items():
+            assert torch.equal(rows, second.parametrisation.store.cached[name])
 
 
 def test_the_working_body_is_neither_the_last_expert_nor_the_base_statistics():

@@ -177,15 +177,15 @@ def test_gradients_reach_the_routers_alone_and_are_right(workers) -> None:
     others = [p for p in learner.module.parameters() if id(p) not in routed_names]
     assert others and all(p.grad is None for p in others)
     assert all(t.grad is None for t in routed.session.body.tensors.values())
-    found = routed.session.store.pull_back({}, routed.session.where)[0]
+    found = routed.session.parametrisation.pull_back({}, torch.empty(0))[0]
     assert all(p.grad is None for p in parameters)
-    values = routed.session.store.values()
+    values = routed.session.parametrisation.first()
     chance = torch.Generator().manual_seed(1)
     for _ in range(3):
         way = torch.randn(values.shape, generator=chance, dtype=torch.float64)
         sides = []
         for step in (1e-5, -1e-5):
-            routed.session.store.materialise({}, values + step * way, routed.session.where)
+            routed.session.parametrisation.materialise({}, values + step * way)
             sides.append(float(loss().detach()))
         slope = (sides[0] - sides[1]) / 2e-5
         assert slope == pytest.approx(float(found @ way[0]), rel=1e-5, abs=1e-8)
@@ -205,7 +205,7 @@ def test_in_lower_precision_it_is_nearly_the_same_and_learns(workers) -> None:
         found = learner.task.forward(learner.module, inputs)
         found.float().log_softmax(-1)[:, 0].sum().backward()
     torch.testing.assert_close(found.detach().float(), wanted, rtol=0, atol=0.1)
-    gradient = routed.session.store.pull_back({}, routed.session.where)
+    gradient = routed.session.parametrisation.pull_back({}, torch.empty(0))
     assert bool(gradient.isfinite().all())
     assert bool(gradient.any())
 

@@ -24,8 +24,9 @@ from .body import Body
 from .coefficients import Layout, table
 from .loop import InterruptedRun, Learner, estimate_statistics
 from .monitor import unused, warnings_of
+from .parametrisation import Learned, Parametrisation
 from .scoring import average_into, score
-from .session import Say, Session, begin, first_values, learn, open_session
+from .session import Say, Session, applied_values, begin, first_values, learn, open_session
 from .settings import AdaptSettings, resolve
 from .state import State
 from .write import work_folder, write_folder, write_record
@@ -40,8 +41,9 @@ class AdaptResult:
     """What adaptation gives back.
 
     Attributes:
-        values: ``(S, width)`` coefficients as applied; of a model that routes the mean gates.
-        layout: which of them belongs to what.
+        values: what was learned, as applied: ``(S, width)`` coefficients, or a vector of coefficients and
+            gates; of a model that routes the mean gates.
+        parametrisation: which of them is what.
         history: one record a step (losses) and a check (held-out entropy, agreement).
         warnings: what a reader should know: collapse, misleading entropy.
         record: what ``run.json`` holds.
@@ -51,7 +53,7 @@ class AdaptResult:
     """
 
     values: Tensor
-    layout: Layout
+    parametrisation: Learned
     history: Sequence[Mapping[str, Any]]
     warnings: Sequence[str]
     record: Mapping[str, Any]
@@ -62,7 +64,12 @@ class AdaptResult:
     @property
     def coefficients(self) -> list[dict[str, object]]:
         """One record a group with the coefficient of every row of the stack."""
-        return table(self.values, self.layout)
+        return table(self.parametrisation.coefficients(self.values), self.layout)
+
+    @property
+    def layout(self) -> Layout:
+        """Rows and groups of the coefficients."""
+        return self.parametrisation.where
 
     @property
     def scores(self) -> Mapping[str, Any] | None:
@@ -157,7 +164,7 @@ def run_adaptation(
     with Workers(prepared.settings.threads) as workers:
         session = begin(prepared, tasks, settings, workers, say)
         state = learn(session, state_file=work / "state.safetensors" if work else None, callback=callback)
-        applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
+        applied = applied_values(session, state.values)
         try:
             scores = score_session(session, state, applied, say)
         except KeyboardInterrupt:
@@ -169,16 +176,18 @@ def run_adaptation(
         if folder is not None:
             with folder:
                 folder.require(prepared.nbytes)
+                assert isinstance(session.parametrisation, Parametrisation)
                 record["outputs"] = write_folder(
-                    folder, prepared, session.body.tensors, applied, session.where, state.history, tasks
-                )
+                    folder, prepared, session.body.tensors, applied, session.parametrisation, state.history,
+                    tasks,
+                )  # fmt: skip
                 write_record(folder, record)
                 folder.commit()
             if work is not None:
                 shutil.rmtree(work, ignore_errors=True)
     return AdaptResult(
-        applied, session.where, state.history, record["warnings"], record, session.body, session.learners,
-        folder.target if folder is not None else None,
+        applied, session.parametrisation, state.history, record["warnings"], record, session.body,
+        session.learners, folder.target if folder is not None else None,
     )  # fmt: skip
 
 
@@ -199,14 +208,12 @@ def score_session(session: Session, state: State, applied: Tensor, say: Say) -> 
 
     def start() -> None:
         body.reset(vectors)
-        first = first_values(session)
-        first = first.clamp(0, 1) if session.settings.clamp == "forward" else first
-        session.store.materialise(body.tensors, first, session.where)
+        session.parametrisation.materialise(body.tensors, applied_values(session, first_values(session)))
         refresh()
 
     def merged() -> None:
         body.reset(vectors)
-        session.store.materialise(body.tensors, applied, session.where)
+        session.parametrisation.materialise(body.tensors, applied)
         body.load_statistics(state.statistics)
 
     models = {
@@ -237,19 +244,19 @@ def adapt_record(
     record = run_record(session.prepared, started, session.hashes)
     record["recipe"].pop("method", None)
     record["recipe"]["adapt"] = settings.model_dump(exclude_defaults=True) | {"preset": settings.preset}
-    name = "AdaMerging" if settings.objective == "entropy" else f"learned coefficients ({settings.objective})"
     return record | {
         "kind": "adapt",
-        "method": name,
+        "method": _name(settings),
         "options": [],
         "scale": None,
         "adapt": settings.model_dump(),
         "labelled": session.objective.target == "labels",
         "transductive": transductive,
         "tasks": {learner.task.name: dict(learner.task.settings) for learner in session.learners},
-        "stack": list(session.stack.labels),
-        "cached_bytes": session.stack.nbytes,
-        "coefficients": state.values.numel(),
+        "stack": list(session.labels),
+        "cached_bytes": session.nbytes,
+        "coefficients": session.parametrisation.count(applied),
+        **session.parametrisation.record(applied),
         "step": chosen,
         "start": checks[0] if checks else None,
         "end": next((check for check in checks if check["step"] == chosen), None),
@@ -257,6 +264,14 @@ def adapt_record(
         "seed": settings.seed,
         "warnings": run_warnings(session, state, applied),
     }
+
+
+def _name(settings: AdaptSettings) -> str:
+    """As the papers call it; with another objective than theirs, in words."""
+    gates = settings.granularity == "singular"
+    if settings.objective == "entropy":
+        return "AdaRank" if gates else "AdaMerging"
+    return f"learned {'gates and ' if gates else ''}coefficients ({settings.objective})"
 
 
 def chosen_step(session: Session, state: State) -> int:
@@ -268,6 +283,6 @@ def run_warnings(session: Session, state: State, applied: Tensor) -> list[str]:
     """What a reader of the result should know."""
     return [
         *(statistics_warning(session.prepared.plan) if session.settings.batchnorm == "keep" else []),
-        *unused(applied, session.where),
+        *unused(session.parametrisation.coefficients(applied), session.where),
         *warnings_of(state.history, chosen_step(session, state)),
     ]

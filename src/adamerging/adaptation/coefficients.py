@@ -82,6 +82,8 @@ def load_coefficients(path: str | Path, where: Layout) -> Tensor:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:
         raise WeightsError(f"{path} is not a readable file of coefficients: {error}") from None
+    if metadata.get("granularity") == "singular":
+        raise UsageError(f"{path} holds gates of singular components; they go on with granularity: singular")
     rows = metadata.get("rows", "").split("\n")
     problems = [f"no coefficients for '{row}'" for row in where.rows if row not in rows]
     shapes = {name: (len(rows), count) for name, _, count in where.groups}

@@ -13,6 +13,7 @@ from .cache import cache_folder
 from .coefficients import layout
 from .session import make_objective, match_tasks
 from .settings import AdaptSettings
+from .spectrum import sizes
 from .stack import COMBINED
 
 
@@ -22,9 +23,11 @@ class AdaptEstimate:
 
     Attributes:
         samples: by task, how many are learned from and how many are held out.
-        coefficients: how many are learned, at most (tensors that no expert changed take none).
+        coefficients: how many are learned, gates among them, at most (tensors that no expert changed take
+            none).
         steps: optimiser steps.
-        cached: bytes of transformed task vectors in the disk cache, and of the experts' predictions about.
+        cached: bytes of transformed task vectors, or of singular components, in the disk cache; the experts'
+            predictions come on top.
         cache: the cache's folder.
         memory: bytes of the working model, its gradients and the coefficients; activations come on top, as
             in plain training with the same batches.
@@ -47,12 +50,16 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
     labels = ((COMBINED,) if settings.start is not None else ()) + vectors.tasks
     where = layout(settings.granularity, labels, vectors.entries(), vectors.places)
     merged = sum(vectors.numel(entry) * vectors.dtype(entry).itemsize for entry in vectors.entries())
+    count, singular = len(labels) * where.width, settings.granularity == "singular"
     depth = (settings.start is not None) + len(vectors.tasks) * (settings.vectors is not None)
     body = sum(
         entry.spec.numel * max(entry.spec.dtype.itemsize, 4) for entry in vectors.plan.entries.values()
     )
     heads = sum(spec.nbytes for head in vectors.plan.heads.values() for spec in head.values())
-    kept = (len(labels) + 1) * merged
+    kept, cached = (len(labels) + 1) * merged, depth * merged
+    if singular:
+        count, cached = sizes(settings, vectors)
+        kept = 0 if settings.device == "cpu" else cached
     parts = {
         task.name: split(
             len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name
@@ -60,15 +67,22 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
         for task in ordered
         if task.adapt is not None
     }
-    routed = estimate_routes(vectors, settings) if settings.route is not None else None
-    learned = len(labels) * where.width if routed is None else routed.learned
-    held = 0 if routed is None else routed.values
+    memory = body + merged + heads + (kept if kept <= settings.budget * 1e9 else 0)
+    disk = prepared.nbytes
+    if settings.mask is not None:  # logits, two moments, the mask and its gradient
+        memory += 5 * merged
+    if settings.route is not None:
+        routed = estimate_routes(vectors, settings)
+        count, memory, disk = routed.learned, memory + 4 * routed.values, disk + routed.nbytes
+    memory += count * 16
+    if settings.mask is not None:
+        count += sum(vectors.numel(entry) for entry in vectors.entries())
     return AdaptEstimate(
         {name: (len(train), len(held)) for name, (train, held) in parts.items()},
-        learned,
+        count,
         settings.steps,
-        depth * merged,
+        cached,
         str(cache_folder()),
-        body + merged + heads + learned * 16 + held * 4 + (kept if kept <= settings.budget * 1e9 else 0),
-        prepared.nbytes + (0 if routed is None else routed.nbytes),
+        memory,
+        disk,
     )

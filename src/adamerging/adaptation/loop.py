@@ -7,19 +7,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import AdamergingError, UsageError
-from ..plan import Entry
 from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batchnorm_layers, recalibrate
 from .body import Body
-from .coefficients import Layout
 from .objectives import Objective, sample_entropy
+from .parametrisation import Learned
 from .settings import AdaptSettings
 from .state import State, optimizer_tensors, restore_optimizer
 
@@ -34,22 +33,6 @@ class InterruptedRun(AdamergingError):  # noqa: N818 - not an error of the run
     """The user stopped the run; its state is saved."""
 
     exit_code = 130
-
-
-class Parametrisation(Protocol):
-    """What is learned: how it makes the merged weights, and its gradient from theirs."""
-
-    def entries(self) -> list[Entry]:
-        """The tensors of the body that depend on it."""
-        ...
-
-    def materialise(self, targets: Mapping[str, Tensor], values: Tensor, where: Layout) -> None:
-        """Write the weights that values stand for."""
-        ...
-
-    def pull_back(self, gradients: Mapping[str, Tensor], where: Layout) -> Tensor:
-        """The gradient of the values from that of the weights."""
-        ...
 
 
 @dataclass
@@ -95,7 +78,8 @@ class Loop:
     Args:
         settings: how to learn.
         objective: what to minimise.
-        body, store, where: the working tensors, what is learned, the layout of the coefficients.
+        body: the working tensors.
+        parametrisation: what is learned, and how it gives merged weights.
         learners: the tasks.
         state: where to start; changed in place.
         save: called every so often and at an interruption.
@@ -105,8 +89,7 @@ class Loop:
     settings: AdaptSettings
     objective: Objective
     body: Body
-    store: Parametrisation
-    where: Layout
+    parametrisation: Learned
     learners: Sequence[Learner]
     state: State
     save: Callable[[State], None] = lambda _: None
@@ -123,7 +106,7 @@ class Loop:
         values = state.values.detach().clone().requires_grad_(True)
         optimizer = make_optimizer(settings, values)
         restore_optimizer(optimizer, state.optimizer)
-        self.body.train_only({entry.name for entry in self.store.entries()})
+        self.body.train_only({entry.name for entry in self.parametrisation.entries()})
         try:
             while state.step < settings.steps:
                 self._merge(values, state)
@@ -158,11 +141,11 @@ class Loop:
 
     def effective(self, values: Tensor) -> Tensor:
         """The coefficients as they are applied."""
-        return values.clamp(0, 1) if self.settings.clamp == "forward" else values
+        return self.parametrisation.clamped(values) if self.settings.clamp == "forward" else values
 
     def _merge(self, values: Tensor, state: State) -> None:
         """Write the merged weights, and keep BatchNorm statistics up with them."""
-        self.store.materialise(self.body.tensors, self.effective(values), self.where)
+        self.parametrisation.materialise(self.body.tensors, self.effective(values))
         if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
             return
         if state.statistics and state.step % self.settings.batchnorm_every:
@@ -177,32 +160,13 @@ class Loop:
         return {name: self.body.tensors[name].detach().clone() for name in names}
 
     def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
-        settings, device = self.settings, self.body.device
+        settings = self.settings
         started = time.perf_counter()
-        self.body.clear_gradients()
-        losses: dict[str, float] = {}
-        with autocast(self.settings, self.body):
-            for learner in self.learners:
-                for part in range(settings.batches_per_step):
-                    samples = learner.batches.at(state.step * settings.batches_per_step + part)
-                    logits = learner.task.forward(learner.module, learner.inputs(samples, device))
-                    loss = self.objective.loss(
-                        logits.float() if logits.dtype == torch.bfloat16 else logits,
-                        learner.target(self.objective, samples, device),
-                    )
-                    value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise NonFiniteLossError(
-                            f"the loss of task '{learner.task.name}' is {value} at step {state.step}; "
-                            "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
-                        )
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    name = learner.task.name
-                    losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+        losses = run_batches(settings, self.objective, self.body, self.learners, state.step)
         effective = self.effective(values)
         optimizer.zero_grad()
         if effective.requires_grad:
-            gradient = self.store.pull_back(self.body.gradients(), self.where)
+            gradient = self.parametrisation.pull_back(self.body.gradients(), effective)
             effective.backward(gradient.to(effective))  # type: ignore[no-untyped-call]
         self.body.clear_gradients()
         for group in optimizer.param_groups:
@@ -210,7 +174,7 @@ class Loop:
         optimizer.step()
         if settings.clamp == "project":
             with torch.no_grad():
-                values.clamp_(0, 1)
+                values.copy_(self.parametrisation.clamped(values))
         self._note(state, {"step": state.step, "loss": losses, "seconds": time.perf_counter() - started})
 
     def _rate(self, step: int) -> float:
@@ -261,6 +225,39 @@ class Loop:
     def _note(self, state: State, record: dict[str, Any]) -> None:
         state.history.append(record)
         self.callback({**record, "steps": self.settings.steps, "objective": self.objective.name})
+
+
+def run_batches(
+    settings: AdaptSettings, objective: Objective, body: Body, learners: Sequence[Learner], step: int
+) -> dict[str, float]:
+    """The batches of a step of every task, forward and backward; loss by task.
+
+    The gradients of all add up in the body.
+
+    Raises:
+        NonFiniteLossError: names the task and step.
+    """
+    body.clear_gradients()
+    losses: dict[str, float] = {}
+    with autocast(settings, body):
+        for learner in learners:
+            for part in range(settings.batches_per_step):
+                samples = learner.batches.at(step * settings.batches_per_step + part)
+                logits = learner.task.forward(learner.module, learner.inputs(samples, body.device))
+                loss = objective.loss(
+                    logits.float() if logits.dtype == torch.bfloat16 else logits,
+                    learner.target(objective, samples, body.device),
+                )
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(
+                        f"the loss of task '{learner.task.name}' is {value} at step {step}; "
+                        "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                name = learner.task.name
+                losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+    return losses
 
 
 def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optimizer:

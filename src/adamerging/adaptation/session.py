@@ -20,12 +20,15 @@ from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
-from .coefficients import Layout, layout, load_coefficients
-from .loop import InterruptedRun, Learner, Loop, Parametrisation, autocast, make_optimizer, predict
+from .coefficients import Layout, layout
+from .concrete import learn_mask
+from .gates import make_gates
+from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
+from .parametrisation import Coefficients, Learned, Parametrisation
 from .settings import AdaptSettings, resolve
-from .stack import Stack, build_stack
-from .state import State, load_state, save_state
+from .stack import build_stack
+from .state import State, load_state, mask_state, save_state
 from .store import VectorStore
 
 Say = Callable[[str], None]
@@ -40,7 +43,10 @@ class Session:
         settings: how to learn.
         objective: what to minimise.
         tasks: in the experts' order.
-        workers, store, body, learners, where, stack: the working parts.
+        parametrisation: what is learned, and how it gives merged weights.
+        labels: of the rows that coefficients belong to.
+        nbytes: size of what was computed of the task vectors beforehand.
+        workers, body, learners: the working parts.
         hashes: sha256 of the weight files.
         fingerprint: of weights, data and settings; a saved state fits only the same.
     """
@@ -49,13 +55,18 @@ class Session:
     settings: AdaptSettings
     objective: Objective
     workers: Workers
-    store: Parametrisation
+    parametrisation: Learned
+    labels: tuple[str, ...]
+    nbytes: int
     body: Body
     learners: list[Learner]
-    where: Layout
-    stack: Stack
     hashes: Mapping[Path, str]
     fingerprint: str
+
+    @property
+    def where(self) -> Layout:
+        """Layout of the coefficients."""
+        return self.parametrisation.where
 
 
 def open_session(
@@ -113,12 +124,20 @@ def begin(
     if hashes is None:
         hashes = hash_files(inputs, workers)
     content = [content_of(weights, hashes) for weights in inputs]
-    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
-    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
-    store.scan()
-    if not store.entries():
-        raise UsageError("every expert is identical to the base: there is nothing to merge")
-    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+    texts = [str(item) for item in content]
+    parametrisation: Parametrisation
+    if settings.granularity == "singular":
+        gates = make_gates(settings, vectors, workers, texts, device, say)
+        parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
+    else:
+        stack = build_stack(settings, vectors, workers, texts, say)
+        store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
+        store.scan()
+        if not store.entries():
+            raise UsageError("every expert is identical to the base: there is nothing to merge")
+        where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+        parametrisation = Coefficients(store, where, stack.initial)
+        labels, nbytes = stack.labels, stack.nbytes
     body = Body(vectors, device) if body is None else body
     body.reset(vectors)
     ready = modules or {}
@@ -126,12 +145,15 @@ def begin(
     data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
+    if settings.mask is not None and settings.mask.logits and Path(settings.mask.logits).is_file():
+        data.append(sha256_file(Path(settings.mask.logits)))
     dumped = settings.model_dump(exclude={"save_every", "budget"})
     merging = prepared.settings.model_dump(exclude={"threads"})
-    fingerprint = key("state", content, data, dumped, merging, list(stack.labels))
+    fingerprint = key("state", content, data, dumped, merging, list(labels))
     session = Session(
-        prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
-    )
+        prepared, settings, objective, workers, parametrisation, labels, nbytes, body, learners, hashes,
+        fingerprint,
+    )  # fmt: skip
     if ask:
         ask_experts(session, content, say)
     return session
@@ -273,11 +295,32 @@ def hash_files(inputs: Sequence[Weights], workers: Workers) -> dict[Path, str]:
     return dict(zip(unique, workers.map(sha256_file, unique), strict=True))
 
 
+def applied_values(session: Session, values: Tensor) -> Tensor:
+    """The values as they give the merged weights."""
+    return session.parametrisation.clamped(values) if session.settings.clamp == "forward" else values
+
+
 def first_values(session: Session) -> Tensor:
     """The coefficients that learning starts from."""
-    if session.settings.coefficients is not None:
-        return load_coefficients(session.settings.coefficients, session.where)
-    return session.where.full(session.stack.initial, torch.float64)
+    parametrisation, path = session.parametrisation, session.settings.coefficients
+    doubled = any(tensor.dtype == torch.float64 for tensor in session.body.tensors.values())
+    if path is None:
+        values = parametrisation.first()
+    else:
+        assert isinstance(parametrisation, Parametrisation)  # the settings refuse a file for others
+        values = parametrisation.load(path)
+    return values.to(torch.float64 if doubled else torch.float32)
+
+
+def use_mask(
+    session: Session, state_file: Path | None, callback: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Learn the mask over the task vectors, and put it on them. Raises as `learn_mask`."""
+    parametrisation = session.parametrisation
+    assert isinstance(parametrisation, Coefficients)
+    path = mask_state(state_file) if state_file is not None else None
+    parametrisation.mask = learn_mask(session, first_values(session), path, callback)
+    parametrisation.store.mask = parametrisation.mask.weights()
 
 
 def learn(
@@ -285,7 +328,6 @@ def learn(
     *,
     state_file: Path | None = None,
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None,
-    first: Tensor | None = None,
 ) -> State:
     """Run the optimisation, going on from a saved state where there is one.
 
@@ -293,22 +335,18 @@ def learn(
         session: what is learned, and from what.
         state_file: where the state is saved.
         callback: told of every record of the history.
-        first: values to start from; those of the settings when None.
 
     Raises:
         UsageError: a saved state of another run.
         NonFiniteLossError: see `Loop.run`.
         InterruptedRun: see `Loop.run`; it says whether the state was saved.
     """
-    settings, where = session.settings, session.where
+    settings = session.settings
+    if settings.mask is not None:
+        use_mask(session, state_file, callback)
     state = load_state(state_file, session.fingerprint) if state_file is not None else None
     if state is None:
-        dtype = (
-            torch.float64
-            if any(t.dtype == torch.float64 for t in session.body.tensors.values())
-            else torch.float32
-        )
-        state = State(0, (first_values(session) if first is None else first).to(dtype))
+        state = State(0, first_values(session))
 
     def save(current: State) -> None:
         if state_file is not None:
@@ -318,8 +356,7 @@ def learn(
         settings,
         session.objective,
         session.body,
-        session.store,
-        where,
+        session.parametrisation,
         session.learners,
         state,
         save,

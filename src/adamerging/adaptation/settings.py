@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import UsageError
 from ..validation import make
 
-Granularity = Literal["task", "block", "tensor", "row"]
+Granularity = Literal["task", "block", "tensor", "row", "singular"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The product's default, see docs/adapting.md: a TSV-M merge to start from, a coefficient for every row
@@ -65,7 +65,28 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "held_out": 0.2,
         "check_every": 100,
     },
+    # Concrete AdaMerging (arXiv 2312.06173): a mask learned by two-level descent, then the coefficients.
+    "concrete": {"steps": 1000, "clamp": "none", "mask": {}},
+    # AdaRank as published (arXiv 2503.22178), over task arithmetic; over others with start: cart, tsv_m, ...
+    "adarank": {"granularity": "singular", "steps": 10_000, "clamp": "none"},
 }
+
+
+class MaskSettings(BaseModel):
+    """How a mask over the task vectors is learned before the coefficients (Concrete, arXiv 2312.06173)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    steps: int = Field(
+        2000, ge=0, description="Steps in which the mask is learned; two batches of each task."
+    )
+    lr: float = Field(1e-3, gt=0, description="Learning rate of the logits, by Adam.")
+    temperature: float = Field(0.5, gt=0, description="Of the relaxed Bernoulli distribution.")
+    initial: float = Field(0.0, description="First value of the logits.")
+    kind: Literal["soft", "hard"] = Field(
+        "soft", description="The mask in the end: sigmoid of the logits, or 1 where they are above 0."
+    )
+    logits: str | None = Field(None, description="File of logits of an earlier run (mask.safetensors).")
 
 
 class AdaptSettings(BaseModel):
@@ -77,7 +98,9 @@ class AdaptSettings(BaseModel):
         "recommended", description="Where unset fields come from: " + ", ".join(PRESETS) + "."
     )
     granularity: Granularity = Field(
-        "tensor", description="What one coefficient covers: task, block, tensor (the paper's layer), or row."
+        "tensor",
+        description="What one coefficient covers: task, block, tensor (the paper's layer), or row; singular: "
+        "a tensor, and each singular component of a matrix has a gate.",
     )
     start: str | list[Any] | None = Field(
         None,
@@ -91,9 +114,27 @@ class AdaptSettings(BaseModel):
         None, description="Learn routers that mix parts of the model for every input, not coefficients."
     )
     route_options: dict[str, Any] = Field({}, description="Options of the way to route.")
-    initial: float = Field(0.3, description="First value of the experts' coefficients, and of gates.")
+    initial: float = Field(
+        0.3, description="First value of the experts' coefficients, and of routers' gates."
+    )
+    gated: Literal["blocks", "all"] = Field(
+        "blocks", description="Matrices whose components have gates: those inside blocks, or all (singular)."
+    )
+    kept: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Part of a matrix's rank whose gates are open at the start (singular); all, or as "
+        "`start` has it.",
+    )
+    gate: float = Field(
+        0.1, gt=0, description="First distance of a gate from closing: gate / lr steps turn it (singular)."
+    )
     coefficients: str | None = Field(
         None, description="File of coefficients of an earlier run to start from."
+    )
+    mask: MaskSettings | None = Field(
+        None, description="Learn a mask that all task vectors share, before the coefficients."
     )
     clamp: Literal["forward", "project", "none"] = Field(
         "forward",
@@ -180,7 +221,7 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """The settings with unset fields filled from the preset.
 
     Raises:
-        UsageError: unknown preset, unknown or unreadable fields.
+        UsageError: unknown preset, unknown or unreadable fields, fields that exclude each other.
     """
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
@@ -188,6 +229,14 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
     if settings.route is not None:
         settings = _routed(settings, fields)
+    stray = [name for name in ("gated", "kept", "gate") if name in fields]
+    if stray and settings.granularity != "singular":
+        raise UsageError(
+            f"{', '.join(stray)}: there are gates with granularity: singular alone, and it is "
+            f"'{settings.granularity}'"
+        )
+    if settings.mask is not None and settings.granularity == "singular":
+        raise UsageError("mask: a mask over values and gates on singular components exclude each other")
     if settings.precision == "auto":
         chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
         settings = settings.model_copy(update={"precision": chosen})

@@ -38,6 +38,17 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+def mask_state(path: Path) -> Path:
+    """Where the state of a mask lies that is learned before the coefficients."""
+    return path.with_name(f"{path.stem}.mask{path.suffix}")
+
+
+def discard_state(path: Path) -> None:
+    """Remove what a run saved, when it is done."""
+    for file in (path, mask_state(path)):
+        file.unlink(missing_ok=True)
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimiser of one parameter as named tensors."""
     state = optimizer.state_dict()["state"].get(0, {})

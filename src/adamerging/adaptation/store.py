@@ -10,7 +10,7 @@ merge, and nothing of the size of K models is ever held, unless a budget allows 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -39,6 +39,8 @@ class VectorStore:
         experts: whether the experts' own task vectors follow them.
         device: where the merged weights live.
         budget: bytes that may hold the stack itself on ``device``; it is kept there if it fits.
+        only: names of the tensors to deal with; all when None.
+        mask: by tensor name ``(numel,)`` what every row of the stack is multiplied with; nothing when empty.
     """
 
     vectors: TaskVectors
@@ -47,6 +49,8 @@ class VectorStore:
     experts: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     budget: int = 0
+    only: Collection[str] | None = None
+    mask: Mapping[str, Tensor] = field(default_factory=dict)
     _opened: dict[str, Opened] = field(default_factory=dict)
     _kept: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -56,7 +60,11 @@ class VectorStore:
         Before `scan` nobody knows which are unchanged: then all that are merged count.
         """
         unchanged = set(self.vectors.unchanged()) if self.vectors.scanned else set()
-        return [entry for entry in self.vectors.entries() if entry.name not in unchanged]
+        return [
+            entry
+            for entry in self.vectors.entries()
+            if entry.name not in unchanged and (self.only is None or entry.name in self.only)
+        ]
 
     def scan(self) -> None:
         """Read everything once, which finds the tensors no expert changed; keep what the budget allows."""
@@ -78,7 +86,13 @@ class VectorStore:
                 self._kept[entry.name] = base.to(self.device), stack.to(self.device)
 
     def read(self, entry: Entry, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """One piece: base ``(n,)`` and stack ``(S, n)``."""
+        """One piece: base ``(n,)`` and stack ``(S, n)``, masked."""
+        base, stack = self._read(entry, start, stop)
+        if entry.name in self.mask:
+            stack = stack * self.mask[entry.name][start:stop].to(stack)
+        return base, stack
+
+    def _read(self, entry: Entry, start: int, stop: int) -> tuple[Tensor, Tensor]:
         if entry.name in self._kept:
             base, stack = self._kept[entry.name]
             return base[start:stop], stack[:, start:stop]
@@ -144,10 +158,41 @@ class VectorStore:
             total[:, columns] += part.double().cpu()
         return total
 
+    def pull_back_to_mask(
+        self, gradients: Mapping[str, Tensor], values: Tensor, where: Layout
+    ) -> dict[str, Tensor]:
+        """By tensor name the gradient ``(numel,)`` of `mask`: that of the merged weights times Σ_s λ_s v_s.
+
+        It is written over the gradients, where those are on the CPU.
+
+        Args:
+            gradients: of the merged weights, by tensor name.
+            values: ``(S, width)`` coefficients.
+            where: their layout.
+        """
+        entries = [entry for entry in self.entries() if entry.name in gradients]
+        found = {e.name: gradients[e.name].reshape(-1)[: self.vectors.numel(e)].cpu() for e in entries}
+        values = values.detach()
+
+        def piece(entry: Entry, start: int, stop: int) -> None:
+            _, stack = self._read(entry, start, stop)
+            own = _columns(values, where, entry, start, stop).to(stack)
+            moved = (stack.view(len(stack), own.shape[1], -1) * own[:, :, None]).sum(0).view(-1)
+            target = found[entry.name][start:stop]
+            target.mul_(moved.to(target))  # the gradient itself: nobody needs it after
+
+        deque(self._run(piece, gradients), maxlen=0)
+        return found
+
     def _factored(self, entry: Entry) -> bool:
         """Whether all that changes a tensor is LoRA factors, which need not be multiplied out."""
         sources = self._opened[entry.name].experts if entry.name in self._opened else (None,)
-        return self.experts and not self.cached and all(isinstance(source, Factors) for source in sources)
+        return (
+            self.experts
+            and not self.cached
+            and not self.mask
+            and all(isinstance(source, Factors) for source in sources)
+        )
 
     def _contract_factors(self, entry: Entry, gradient: Tensor, start: int, columns: slice) -> Tensor:
         """⟨G, scale · L R⟩ = scale · Σ (Gᵀ L)ᵀ ∘ R, row by row of the tensor where rows have coefficients."""

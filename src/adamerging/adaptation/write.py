@@ -17,7 +17,7 @@ from ..output.folder import RECORD, OutputFolder
 from ..output.tensors import TensorWriter, index_json
 from ..run import Prepared, write_companions, write_fixed_heads, write_heads
 from ..tasks.task import Task
-from .coefficients import Layout, save_coefficients, table
+from .parametrisation import Parametrisation
 
 
 def write_folder(
@@ -25,7 +25,7 @@ def write_folder(
     prepared: Prepared,
     body: Mapping[str, Tensor],
     values: Tensor,
-    where: Layout,
+    parametrisation: Parametrisation,
     history: Sequence[Mapping[str, Any]],
     tasks: Sequence[Task] = (),
 ) -> dict[str, str]:
@@ -35,14 +35,15 @@ def write_folder(
         folder: under construction.
         prepared: base, experts and plan.
         body: merged tensors by the base's names, float32; rounded once to the output's dtype.
-        values: ``(S, width)`` coefficients as applied.
-        where: their layout.
+        values: what was learned, as applied.
+        parametrisation: what the values are.
         history: records of steps and checks.
         tasks: whose fixed heads are written too.
     """
     hashes = write_model(folder, prepared, body, tasks)
-    save_coefficients(folder.path / "coefficients.safetensors", values.to(torch.float32), where)
-    folder.write_text("coefficients.csv", as_csv(table(values, where)))
+    parametrisation.write(folder.path, values.to(torch.float32))
+    for name, records in parametrisation.tables(values).items():
+        folder.write_text(name, as_csv(records))
     folder.write_text("history.jsonl", history_lines(history))
     return hashes
 

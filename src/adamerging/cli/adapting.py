@@ -12,6 +12,7 @@ from .planned import notes_of, scores_table, treatments
 
 if TYPE_CHECKING:
     from ..adaptation.adapt import AdaptResult
+    from ..adaptation.settings import AdaptSettings
     from ..recipe import Recipe
 
 MANY = 6
@@ -82,13 +83,16 @@ def _show(result: AdaptResult, as_json: bool) -> None:
     console = show.console()
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
     console.print(
-        f"Learned {_what(record)} for {len(record['experts'])} experts by {_by(record)}{said}, and merged "
+        f"Learned {what_of(record)} for {len(record['experts'])} experts by {_by(record)}{said}, and merged "
         f"into {out}: {show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
     )
     if record["start"] is not None and record["end"] is not None:
         console.print()
         console.print(_checks(record))
+    if "kept_components" in record:
+        console.print()
+        console.print(_components(record))
     if "scores" in record:
         console.print()
         console.print(scores_table(record))
@@ -96,21 +100,33 @@ def _show(result: AdaptResult, as_json: bool) -> None:
         show.warn(text)
 
 
-def _what(record: Mapping[str, Any]) -> str:
+def what_of(record: Mapping[str, Any]) -> str:
     """What was learned, in words."""
     routing = record.get("routing")
-    if routing is None:
-        return f"{record['coefficients']} coefficients"
-    return (
-        f"the {routing['what']} ({record['coefficients']:,} numbers; the model routes "
-        f"by input and has {routing['parameters']['times']:.1f} times the parameters of one)"
-    )
+    if routing is not None:
+        return (
+            f"the {routing['what']} ({record['coefficients']:,} numbers; the model routes "
+            f"by input and has {routing['parameters']['times']:.1f} times the parameters of one)"
+        )
+    gates = record.get("gates", 0)
+    scales = f"{record['coefficients'] - gates} coefficients"
+    return f"{scales} and {gates} gates of singular components" if gates else scales
 
 
 def _by(record: Mapping[str, Any]) -> str:
     """What it was learned from, in words."""
     found: str = record["adapt"]["objective"]
     return found if record.get("routing", {}).get("domains") is None else "whose task an input is of"
+
+
+def _components(record: Mapping[str, Any]) -> Any:
+    """How many singular components of each row are kept, by block."""
+    labels = record["stack"]
+    rows = [
+        (block, *(f"{kept[label][0]} of {kept[label][1]}" if label in kept else "" for label in labels))
+        for block, kept in record["kept_components"].items()
+    ]
+    return show.table("Singular components kept", ["block", *(f">{label}" for label in labels)], rows)
 
 
 def _checks(record: Mapping[str, Any]) -> Any:
@@ -132,6 +148,14 @@ def _checks(record: Mapping[str, Any]) -> Any:
     return show.table(title, columns, rows)
 
 
+def _kind(settings: AdaptSettings) -> str:
+    if settings.route is not None:
+        return f"routers ({settings.route})"
+    if settings.granularity == "singular":
+        return "coefficients and gates of singular components"
+    return f"{settings.granularity}-wise coefficients"
+
+
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from ..adaptation.adapt import tasks_of
     from ..adaptation.estimate import estimate_adaptation
@@ -151,12 +175,9 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         )
         return
     console = show.console()
-    what = f"{settings.granularity}-wise coefficients"
-    if settings.route is not None:
-        what = f"routers ({settings.route})"
     console.print(
-        f"Would learn {what} for {', '.join(prepared.vectors.tasks)} by {settings.objective}, in "
-        f"{found.steps} steps.",
+        f"Would learn {_kind(settings)} for {', '.join(prepared.vectors.tasks)} by "
+        f"{settings.objective}, in {found.steps} steps.",
         soft_wrap=True,
     )
     console.print()

@@ -87,7 +87,7 @@ def merge(
             "--adapt",
             metavar="PRESET|KEY=VALUE",
             help="Learn the coefficients on the data: a preset (recommended, paper, released, paper++, "
-            "fusionbench, wemoe, wemoe_budget, twin) or a setting, as steps=200; may be repeated.",
+            "fusionbench, adarank, concrete, wemoe, twin, ...) or a setting, as steps=200; may be repeated.",
             rich_help_panel=flags.DATA,
         ),
     ] = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..adaptation.state import discard_state
 from ..errors import UsageError
 from ..tasks.task import Samples
 from .bench import Bench, first
@@ -66,7 +67,7 @@ def choose(
         ]
         found.append((sum(scores) / len(scores), candidate, made))
     for number in range(len(candidates)):
-        state.with_name(f"{state.stem}-{number}{state.suffix}").unlink(missing_ok=True)
+        discard_state(state.with_name(f"{state.stem}-{number}{state.suffix}"))
     best = max(found, key=lambda item: item[0])
     if best is not found[-1]:
         best[2].again()

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__
 from ..adaptation.cache import key as content_key
 from ..adaptation.loop import InterruptedRun
+from ..adaptation.state import discard_state
 from ..errors import AdamergingError, UsageError
 from ..geometry import geometry
 from ..recipe import Recipe, Settings, load_recipe
@@ -226,7 +227,7 @@ class _Run:
             return row.model_copy(update={"failed": str(error)})
         except Exception as error:  # one method's defect is no reason to lose the others' rows
             return row.model_copy(update={"failed": f"{type(error).__name__}: {error}"})
-        state.unlink(missing_ok=True)
+        discard_state(state)
         adapted = made.adapted and self.recipe.transductive
         return row.model_copy(
             update={

@@ -13,7 +13,7 @@ from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
 from ..adaptation.loop import Learner, estimate_statistics
 from ..adaptation.scoring import average_into
-from ..adaptation.session import Session, begin, learn, make_learner
+from ..adaptation.session import Session, applied_values, begin, learn, make_learner
 from ..adaptation.settings import resolve
 from ..errors import UsageError
 from ..masks import fill_task, task_scales
@@ -208,12 +208,12 @@ class Maker:
         finally:
             bench.body.train_only(set())
             bench.body.clear_gradients()
-        applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
+        applied = applied_values(session, state.values)
 
         def again() -> None:
             bench.plain()
             bench.body.reset(prepared.vectors)
-            session.store.materialise(bench.body.tensors, applied, session.where)
+            session.parametrisation.materialise(bench.body.tensors, applied)
             bench.body.load_statistics(state.statistics)
 
         again()
@@ -223,8 +223,10 @@ class Maker:
             labelled=session.objective.target == "labels",
             warnings=run_warnings(session, state, applied),
             history=state.history,
-            coefficients=_coefficients(session, table(applied, session.where)),
-            parameters=applied.numel(),
+            coefficients=_coefficients(
+                session, table(session.parametrisation.coefficients(applied), session.where)
+            ),
+            parameters=session.parametrisation.count(applied),
             seconds=time.perf_counter() - started,
         )
 

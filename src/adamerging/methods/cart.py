@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
+from .components import Components, Triplets
 from .options import Number
 from .registry import register
 from .spectral import changing_matrices, leading
@@ -33,7 +35,20 @@ def cart(
         as_vectors: patterns of matrices to average like vectors; by default ``*text_projection*``.
     """
     change = partial(_centre_and_cut, fraction=rank, strength=strength)
-    return changing_matrices("cart", "centre and cut to a low rank", as_vectors, change)
+    method = changing_matrices("cart", "centre and cut to a low rank", as_vectors, change)
+    components = Components(
+        _differences,
+        lambda rows, columns, count: [min(rows, columns)] * count,
+        centred=True,
+        strength=strength,
+        kept=rank,
+    )
+    return replace(method, components=components)
+
+
+def _differences(matrices: Tensor) -> list[Triplets]:
+    """All triplets of each expert's difference to the average."""
+    return [leading(matrix - matrices.mean(0), min(matrix.shape)) for matrix in matrices]
 
 
 def _centre_and_cut(_: Chunk, matrices: Tensor, fraction: float, strength: float) -> Tensor:

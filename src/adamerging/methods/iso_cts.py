@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from .components import Components, Triplets
 from .registry import register
 from .spectral import leading, merging_matrices, orthogonalise
 from .stage import Chunk, Method
@@ -31,10 +33,24 @@ def iso_cts(common: Annotated[float, Field(ge=0, le=1)] = 0.8, as_vectors: list[
             authors do.
     """
     combine = partial(_common_and_own, fraction=common)
-    return merging_matrices("iso_cts", "flatten common and own directions", as_vectors, combine)
+    method = merging_matrices("iso_cts", "flatten common and own directions", as_vectors, combine)
+
+    def ranks(rows: int, columns: int, count: int) -> list[int]:
+        own = own_rank(min(rows, columns), count, common)
+        return [min(rows, columns) - own * count] + [own] * count
+
+    split = partial(_directions, fraction=common)
+    return replace(method, components=Components(split, ranks, shared=True))
 
 
 def _common_and_own(_: Chunk, matrices: Tensor, fraction: float) -> Tensor:
+    lefts, values, rights = zip(*_directions(matrices, fraction), strict=True)
+    flat: Tensor = (torch.cat(lefts, 1) * torch.cat(values)) @ torch.cat(rights, 0)
+    return flat
+
+
+def _directions(matrices: Tensor, fraction: float) -> list[Triplets]:
+    """The common triplets and those of each task, orthogonal to each other and equally strong."""
     rank, count = min(matrices.shape[1:]), len(matrices)
     share = own_rank(rank, count, fraction)
     shared = leading(matrices.sum(0), rank - share * count)
@@ -45,8 +61,12 @@ def _common_and_own(_: Chunk, matrices: Tensor, fraction: float) -> Tensor:
     lefts, values, rights = zip(*parts, strict=True)
     left = orthogonalise(torch.cat(lefts, 1))
     right = orthogonalise(torch.cat(rights, 0).T)
-    flat: Tensor = torch.cat(values).mean() * (left @ right.T)
-    return flat
+    sizes = [len(own) for own in values] + [0] * (len(matrices) + 1 - len(values))
+    flat = torch.cat(values).mean()
+    return [
+        (u, flat.repeat(u.shape[1]), v.T)
+        for u, v in zip(torch.split(left, sizes, 1), torch.split(right, sizes, 1), strict=True)
+    ]
 
 
 def own_rank(rank: int, count: int, fraction: float) -> int:

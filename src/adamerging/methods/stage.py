@@ -17,6 +17,7 @@ from torch import Tensor
 from ..blocks import Place
 from ..errors import UsageError
 from ..schedule import Schedule, value_at
+from .components import Components
 
 T = TypeVar("T")
 
@@ -184,6 +185,8 @@ class Method:
         seed: the seed that random choices derive from; None where nothing is random.
         masks: how the weights of each expert come back out of the merged vector; None where there is but
             one model.
+        components: how the merge of a matrix is a sum of components; None where it is no such thing, or of a
+            chain.
     """
 
     name: str
@@ -195,6 +198,7 @@ class Method:
     experts: tuple[int, int | None] = (1, None)
     seed: int | None = None
     masks: Masks | None = None
+    components: Components | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -266,6 +270,7 @@ def chain(methods: Sequence[Method]) -> Method:
         weighted=any(method.weighted for method in methods),
         experts=(max(method.experts[0] for method in methods), min(most) if most else None),
         seed=next((method.seed for method in methods if method.seed is not None), None),
+        components=None,
     )
 
 

@@ -77,8 +77,8 @@ def run_routed(
             if work is not None:
                 shutil.rmtree(work, ignore_errors=True)
     return AdaptResult(
-        values, session.where, state.history, record["warnings"], record, session.body, session.learners,
-        folder.target if folder is not None else None,
+        values, session.parametrisation, state.history, record["warnings"], record, session.body,
+        session.learners, folder.target if folder is not None else None,
     )  # fmt: skip
 
 
@@ -148,5 +148,5 @@ def fill_routed(routed: RoutedSession, state: State) -> None:
     session = routed.session
     routed.start()
     session.body.load_statistics(state.statistics)
-    session.store.materialise(session.body.tensors, state.values, session.where)
+    session.parametrisation.materialise(session.body.tensors, state.values)
     routed.routes.flow.active = True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adaptation.coefficients import Layout
 from ..adaptation.loop import autocast, predict
+from ..adaptation.parametrisation import Coefficients
 from ..adaptation.session import Session, learn
 from ..adaptation.stack import COMBINED
 from ..adaptation.state import State
@@ -21,7 +22,7 @@ from ..plan import Entry
 from .routes import Routes, make_routes
 from .settings import TwinOptions, route_options
 from .sites import Site, find_sites, input_width, linear_maps
-from .store import RouterStore
+from .store import Routers
 from .twin import TwinRoutes
 from .twin_session import learn_domains, twin_routes
 
@@ -34,7 +35,7 @@ class RoutedSession:
     """A session whose modules route.
 
     Attributes:
-        session: its store are the routers, its layout a gate for each expert and site.
+        session: what it learns are the routers, its layout a gate for each expert and site.
         routes: in the modules of all tasks.
         start: makes the body the merge that all tensors outside the sites are taken from.
         names: the base's name of each tensor of the body, by its id.
@@ -88,8 +89,9 @@ def route(session: Session) -> RoutedSession:
     """
     settings, vectors, body = session.settings, session.prepared.vectors, session.body
     assert settings.route is not None
-    store = session.store
-    assert isinstance(store, VectorStore)
+    coefficients = session.parametrisation
+    assert isinstance(coefficients, Coefficients)
+    store = coefficients.store
     options = route_options(settings.route, settings.route_options)
     names = {id(tensor): name for name, tensor in body.tensors.items()}
     first = session.learners[0]
@@ -103,11 +105,10 @@ def route(session: Session) -> RoutedSession:
         attention=twin,
     )  # fmt: skip
     values = start_values(session)
-    where = session.where
 
     def start() -> None:
         body.reset(vectors)
-        store.materialise(body.tensors, values, where)
+        coefficients.materialise(body.tensors, values)
 
     chance = torch.Generator().manual_seed(settings.seed)
     routes: Routes | TwinRoutes
@@ -124,11 +125,8 @@ def route(session: Session) -> RoutedSession:
         for router in routes.routers:
             router.start(options.std, settings.initial, chance)
     groups = tuple((name, number, 1) for number, name in enumerate(routes.groups))
-    changed = replace(
-        session,
-        store=RouterStore(routes.parameters()),
-        where=Layout("block", vectors.tasks, {}, groups),
-    )
+    learned = Routers(routes.parameters(), Layout("block", vectors.tasks, {}, groups))
+    changed = replace(session, parametrisation=learned)
     size = sum(tensor.numel() for tensor in body.tensors.values())
     routed = RoutedSession(changed, routes, start, names, size)
     routed.install()
@@ -137,9 +135,9 @@ def route(session: Session) -> RoutedSession:
 
 def start_values(session: Session) -> Tensor:
     """Coefficients of the merge to start from: that of `start` alone, or λ for every expert."""
-    first = [1.0 if label == COMBINED else session.settings.initial for label in session.stack.labels]
+    first = [1.0 if label == COMBINED else session.settings.initial for label in session.labels]
     if session.settings.start is not None:
-        first = [1.0 if label == COMBINED else 0.0 for label in session.stack.labels]
+        first = [1.0 if label == COMBINED else 0.0 for label in session.labels]
     return session.where.full(first, torch.float64)
 
 
@@ -150,7 +148,7 @@ def read_changes(
     vectors = session.prepared.vectors
     specs = {name: spec for file in session.prepared.files.values() for name, spec in file.items()}
     entries: Mapping[str, Entry] = {entry.name: entry for entry in store.entries()}
-    rows = [session.stack.labels.index(task) for task in vectors.tasks]
+    rows = [session.labels.index(task) for task in vectors.tasks]
     base, changes = {}, {}
     for name in (name for site in sites for name in site.tensors):
         shape, dtype = specs[name].shape, specs[name].dtype
@@ -172,7 +170,6 @@ def learn_routes(
 ) -> State:
     """Learn the routers; the body is the start, and the modules route. Raises as `learn`."""
     session, parameters = routed.session, routed.routes.parameters()
-    assert isinstance(session.store, RouterStore)
     routed.start()
     routed.routes.flow.active = True
     for parameter in parameters:
@@ -180,8 +177,7 @@ def learn_routes(
     try:
         if isinstance(routed.routes, TwinRoutes):
             return learn_domains(session, routed.routes, callback)
-        first = session.store.values()
-        return learn(session, state_file=state_file, callback=callback, first=first)
+        return learn(session, state_file=state_file, callback=callback)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)

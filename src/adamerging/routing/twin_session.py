@@ -19,7 +19,6 @@ from ..adaptation.store import VectorStore
 from .gates import Flow
 from .settings import TwinOptions
 from .sites import Site, linear_maps
-from .store import RouterStore
 from .twin import LEFT, RIGHT, TwinRoutes, block_of, compress, looking, make_twin
 
 ROWS = 32
@@ -41,7 +40,7 @@ def twin_routes(
     vectors, body = session.prepared.vectors, session.body
     specs = {name: spec for file in session.prepared.files.values() for name, spec in file.items()}
     entries = {entry.name: entry for entry in store.entries()}
-    rows = [session.stack.labels.index(task) for task in vectors.tasks]
+    rows = [session.labels.index(task) for task in vectors.tasks]
 
     def differences(name: str) -> Tensor:
         shared = body.tensors[name].detach().cpu()
@@ -92,15 +91,14 @@ def learn_domains(
         InterruptedRun: Ctrl-C; nothing is kept, the run is short.
     """
     settings = session.settings
-    store = session.store
-    assert isinstance(store, RouterStore)
+    routers = session.parametrisation
     try:
         seen = [_look(session, routes, learner) for learner in session.learners]
-        values = store.values().to(routes.router.first.weight.dtype).requires_grad_(True)
+        values = routers.first().to(routes.router.first.weight.dtype).requires_grad_(True)
         optimizer = make_optimizer(settings, values)
         history: list[dict[str, Any]] = []
         for step in range(settings.steps):
-            store.materialise({}, values.detach(), session.where)
+            routers.materialise({}, values.detach())
             if step % settings.check_every == 0:
                 history.append({"step": step, "domains": _right(session, routes, seen)})
             started = time.perf_counter()
@@ -122,12 +120,12 @@ def learn_domains(
                     if settings.schedule == "cosine"
                     else 1
                 )
-            values.grad = store.pull_back({}, session.where).to(values)
+            values.grad = routers.pull_back({}, values).to(values)
             optimizer.step()
             record = {"step": step, "loss": losses, "seconds": time.perf_counter() - started}
             history.append(record)
             callback({**record, "steps": settings.steps, "objective": "domains"})
-        store.materialise({}, values.detach(), session.where)
+        routers.materialise({}, values.detach())
         history.append({"step": settings.steps, "domains": _right(session, routes, seen)})
     except KeyboardInterrupt:
         raise InterruptedRun("stopped while the router was learned; nothing of it is kept") from None
