@@ -305,7 +305,8 @@ def test_decomposed_once_and_taken_from_the_cache(monkeypatch):
 def run(out, **fields):
     base, experts = make_experts(dtype=torch.float32)
     tasks = make_tasks(experts, dtype=torch.float32)
-    fields = {"preset": "adarank", "objective": "agreement", "lr": 0.03, "steps": 6, "kept": 0.5, **fields}
+    gates = {"preset": "adarank", "kept": 0.5} if "preset" not in fields else {}
+    fields = {**gates, "objective": "agreement", "lr": 0.03, "steps": 6, **fields}
     return adapt(base, experts, tasks, out=out, **fields)
 
 
@@ -340,8 +341,8 @@ def test_gates_of_another_merge_are_refused(tmp_path):
     ):
         run(None, coefficients=path, start="tsv_m")
     with pytest.raises(UsageError, match="holds gates of singular components"):
-        run(None, coefficients=path, granularity="tensor")
-    run(tmp_path / "plain", granularity="tensor", steps=1)
+        run(None, coefficients=path, preset="paper")
+    run(tmp_path / "plain", preset="paper", steps=1)
     with pytest.raises(UsageError, match="granularity 'tensor'; gates start from those of another run"):
         run(None, coefficients=str(tmp_path / "plain" / "coefficients.safetensors"))
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
