@@ -25,6 +25,7 @@ from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predi
 from .objectives import OBJECTIVES, Objective
 from .settings import AdaptSettings, resolve
 from .stack import Stack, build_stack
+from .statistics import Gathering, gather
 from .state import State, load_state, save_state
 from .store import VectorStore
 
@@ -111,16 +112,22 @@ def begin(
     if hashes is None:
         hashes = hash_files(inputs, workers)
     content = [content_of(weights, hashes) for weights in inputs]
-    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
+    body = Body(vectors, device) if body is None else body
+    body.reset(vectors)
+    ready = modules or {}
+    learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
+    given = Gathering(
+        vectors, body, ordered, {learner.task.name: learner.module for learner in learners}, content, workers, say
+    )  # fmt: skip
+    stack = build_stack(
+        settings, vectors, workers, [str(item) for item in content], say,
+        lambda method, _, asked: gather(given, method, asked),
+    )  # fmt: skip
     store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
     store.scan()
     if not store.entries():
         raise UsageError("every expert is identical to the base: there is nothing to merge")
     where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
-    body = Body(vectors, device) if body is None else body
-    body.reset(vectors)
-    ready = modules or {}
-    learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
     data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from ..run import (
 from ..stream import Workers
 from ..tasks.task import Task
 from .body import Body
+from .cache import content_of
 from .loop import estimate_statistics
 from .scoring import average_into, score
 from .session import hash_files, make_learner
 from .settings import resolve
+from .statistics import Gathering, check_tasks, gather
 from .write import write_model, write_record
 
 _ROUNDS = 16
@@ -59,12 +62,13 @@ def merge_with_tasks(
         UsageError: data, and a tokenizer other than the base's.
         AdamergingError: as `run.merge`.
     """
+    if prepared.method.statistics is not None:
+        prepared = with_statistics(prepared, tasks, say)
     lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
     estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking
     if not estimated and all(task.evaluate is None for task in tasks):
         return execute(prepared, out=out, overwrite=overwrite, progress=progress)
-    if prepared.settings.tokenizer != "base":
-        raise UsageError("data goes through the base's tokenizer; tokenizer: base")
+    _check_tokenizer(prepared)
     started = time.perf_counter()
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
     body, extra = _merge(prepared, tasks, progress, say, estimated)
@@ -80,6 +84,37 @@ def merge_with_tasks(
         write_record(folder, record)
         folder.commit()
     return MergeResult(prepared.plan, record, out=folder.target)
+
+
+def with_statistics(
+    prepared: Prepared, tasks: Sequence[Task], say: Callable[[str], None] = lambda _: None
+) -> Prepared:
+    """The same with what the method must know of the tasks' inputs, see `statistics.gather`.
+
+    Raises:
+        UsageError: tasks without unlabeled inputs, all named; a tokenizer other than the base's.
+    """
+    _check_tokenizer(prepared)
+    vectors, settings = prepared.vectors, prepared.settings
+    check_tasks(prepared.method, vectors, tasks)
+    inputs = [vectors.base, *vectors.experts.values()]
+    body = Body(vectors, torch.device("cpu"))
+    tasks = [task for task in tasks if task.name in vectors.tasks]
+    modules = {
+        task.name: body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
+        for task in tasks
+    }
+    with Workers(settings.threads) as workers:
+        hashes = hash_files(inputs, workers)
+        content = [content_of(weights, hashes) for weights in inputs]
+        given = Gathering(vectors, body, tasks, modules, content, workers, say)
+        informed, _ = gather(given, prepared.method, settings.chain(), settings.scale)
+    return replace(prepared, vectors=informed)
+
+
+def _check_tokenizer(prepared: Prepared) -> None:
+    if prepared.settings.tokenizer != "base":
+        raise UsageError("data goes through the base's tokenizer; tokenizer: base")
 
 
 def _merge(

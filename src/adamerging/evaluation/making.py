@@ -15,6 +15,7 @@ from ..adaptation.loop import Learner, estimate_statistics
 from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, begin, learn, make_learner
 from ..adaptation.settings import resolve
+from ..adaptation.statistics import Gathering, gather
 from ..errors import UsageError
 from ..masks import fill_task, task_scales
 from ..merging import check_method
@@ -121,10 +122,28 @@ class Maker:
             return self._learned(prepared, candidate, state)
         prepared = replace(prepared, method=candidate.method)
         check_method(candidate.method, vectors, candidate.settings.scale)
+        if candidate.method.statistics is not None:
+            return self._informed(prepared)
         merged = self._merged(
             prepared, lambda: merge_into(self.bench.body.tensors, prepared, self.bench.workers)
         )
         return merged if candidate.method.masks is None else self._masked(prepared, merged)
+
+    def _informed(self, prepared: Prepared) -> Made:
+        """A merge by a method that looks at the tasks' inputs; the time it takes is counted."""
+        started = time.perf_counter()
+        bench, settings = self.bench, prepared.settings
+        order = ("base", *bench.prepared.vectors.tasks)
+        content = [bench.content[1][order.index(name)] for name in ("base", *self.experts)]
+        given = Gathering(
+            prepared.vectors, bench.body, list(self._data().values()), bench.modules, content, bench.workers,
+            self.say,
+        )  # fmt: skip
+        vectors, _ = gather(given, prepared.method, settings.chain(), settings.scale)
+        informed = replace(prepared, vectors=vectors)
+        seconds = time.perf_counter() - started
+        made = self._merged(informed, lambda: merge_into(bench.body.tensors, informed, bench.workers))
+        return replace(made, adapted=True, seconds=seconds + made.seconds)
 
     def _masked(self, prepared: Prepared, merged: Made) -> Made:
         """A model for each task, from one vector and the task's mask."""

@@ -42,6 +42,8 @@ class Chunk:
         vectors: ``(K, n)`` task vectors as read, same dtype.
         stack: ``(S, n)`` what the stages so far made of them.
         weights: ``(S,)`` weight of each row of the stack.
+        statistics: for each expert what was gathered of this whole tensor on its task's inputs, or None where
+            nothing was; see `Statistics`. Empty where no method of the merge asks for any.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Chunk:
     vectors: Tensor
     stack: Tensor
     weights: Tensor
+    statistics: tuple[Tensor | None, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -170,6 +173,28 @@ class Masks:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What a method must know of the tasks' unlabeled inputs, gathered by running each expert on its own.
+
+    Attributes:
+        kind: ``gram``, for every linear map the mean of the outer products x xᵀ of its inputs: ``(P, d, d)``
+            where the rows (first dimension) of the weight are P equal parts that see inputs of their own, each
+            row flattened to d values; ``(d, d)`` where the weight is stored (in, out). Or ``fisher``, for every
+            parameter its diagonal Fisher information, in the parameter's shape.
+        samples: of each task, at most.
+        seed: of the choice of samples, and of the labels drawn for Fisher information.
+        sequential: inputs of a block come from the merged earlier blocks, not from the expert's own.
+        labels: ``sampled`` from the expert's prediction, one a sample, or the expectation over all of them.
+    """
+
+    kind: Literal["gram", "fisher"]
+    samples: int
+    seed: int = 0
+    sequential: bool = False
+    labels: Literal["sampled", "expected"] = "sampled"
+
+
+@dataclass(frozen=True)
 class Method:
     """A chain of stages that ends in one vector.
 
@@ -184,6 +209,7 @@ class Method:
         seed: the seed that random choices derive from; None where nothing is random.
         masks: how the weights of each expert come back out of the merged vector; None where there is but
             one model.
+        statistics: what it must know of the tasks' inputs; None where weights are enough.
     """
 
     name: str
@@ -195,6 +221,7 @@ class Method:
     experts: tuple[int, int | None] = (1, None)
     seed: int | None = None
     masks: Masks | None = None
+    statistics: Statistics | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -232,8 +259,8 @@ def chain(methods: Sequence[Method]) -> Method:
     that is reduced already: consensus over ties takes the scale of ties.
 
     Raises:
-        UsageError: no methods, one that compares experts after one that left a single vector, or one with
-            masks that is not the last.
+        UsageError: no methods, one that compares experts after one that left a single vector, one with masks
+            that is not the last, or two that need statistics of data.
     """
     if not methods:
         raise UsageError("a chain needs at least one method")
@@ -242,6 +269,11 @@ def chain(methods: Sequence[Method]) -> Method:
     early = [method.name for method in methods[:-1] if method.masks is not None]
     if early:
         raise UsageError(f"'{early[0]}' keeps a mask for each task and can only be the last of a chain")
+    informed = [method for method in methods if method.statistics is not None]
+    if len(informed) > 1:
+        raise UsageError(
+            f"'{informed[0].name}' and '{informed[1].name}' both need statistics of data; a chain has one such"
+        )
     last = methods[-1]
     scale = last.scale
     stages: list[Stage] = []
@@ -250,6 +282,10 @@ def chain(methods: Sequence[Method]) -> Method:
         if reducer is not None and method.reduce is not None and method.experts[0] > 1:
             raise UsageError(
                 f"'{method.name}' compares experts and cannot follow '{reducer.name}', which leaves one"
+            )
+        if reducer is not None and method.statistics is not None:
+            raise UsageError(
+                f"'{method.name}' weighs experts by their data and cannot follow '{reducer.name}', which leaves one"
             )
         stages += method.transform
         if method.reduce is not None and position < len(methods) - 1:
@@ -266,6 +302,7 @@ def chain(methods: Sequence[Method]) -> Method:
         weighted=any(method.weighted for method in methods),
         experts=(max(method.experts[0] for method in methods), min(most) if most else None),
         seed=next((method.seed for method in methods if method.seed is not None), None),
+        statistics=informed[0].statistics if informed else None,
     )
 
 
