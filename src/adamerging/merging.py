@@ -81,8 +81,8 @@ def lacking_data(method: Method, tasks: Iterable[str]) -> UsageError:
     """What to say where these tasks have no unlabeled inputs for the method to look at."""
     return UsageError(
         f"method '{method.name}' looks at unlabeled inputs of every expert's task, and there are none for: "
-        f"{', '.join(tasks)}. Give some for each: --data NAME=FILE, or tasks: {{NAME: {{adapt: FILE}}}} in the "
-        "recipe, or tasks=[...] in Python"
+        f"{', '.join(tasks)}. Give some for each: --data NAME=FILE, or tasks: {{NAME: {{adapt: FILE}}}} in "
+        "the recipe, or tasks=[...] in Python"
     )
 
 

@@ -25,8 +25,8 @@ from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predi
 from .objectives import OBJECTIVES, Objective
 from .settings import AdaptSettings, resolve
 from .stack import Stack, build_stack
-from .statistics import Gathering, gather
 from .state import State, load_state, save_state
+from .statistics import Gathering, gather
 from .store import VectorStore
 
 Say = Callable[[str], None]
@@ -116,9 +116,8 @@ def begin(
     body.reset(vectors)
     ready = modules or {}
     learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
-    given = Gathering(
-        vectors, body, ordered, {learner.task.name: learner.module for learner in learners}, content, workers, say
-    )  # fmt: skip
+    attached = {learner.task.name: learner.module for learner in learners}
+    given = Gathering(vectors, body, ordered, attached, content, workers, say)
     stack = build_stack(
         settings, vectors, workers, [str(item) for item in content], say,
         lambda method, _, asked: gather(given, method, asked),

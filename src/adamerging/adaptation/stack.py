@@ -23,7 +23,7 @@ from .settings import AdaptSettings
 COMBINED = "combined"
 
 Inform = Callable[[Method, TaskVectors, Any], tuple[TaskVectors, Sequence[str]]]
-"""``(method, vectors, how it was asked for)`` → the vectors with the method's statistics, what identifies them."""
+"""``(method, vectors, how it was asked for)`` → the vectors with its statistics, and what identifies them."""
 
 
 @dataclass(frozen=True)

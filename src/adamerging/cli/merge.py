@@ -301,6 +301,12 @@ def _show_dry_run(prepared: Prepared, estimate: Estimate, as_json: bool) -> None
     from ..run import statistics_warning
 
     warnings = [*_warnings(prepared, []), *statistics_warning(prepared.plan)]
+    wanted = prepared.method.statistics
+    if wanted is not None:
+        warnings.append(
+            f"{prepared.method.name} first runs each expert on up to {wanted.samples} unlabeled inputs of its "
+            "task, which the estimate leaves out"
+        )
     if estimate.free is not None and estimate.free < estimate.disk:
         warnings.append(f"the disk has {show.size(estimate.free)} free, less than the result takes")
     if as_json:

@@ -1,7 +1,7 @@
 """RegMean: of every linear map the one whose outputs are nearest to the experts' on their own inputs.
 
-With G_t = XᵀX / n of the n inputs (rows of X) that expert t's map W_t sees on its task, Σ ‖X_t Wᵀ − X_t W_tᵀ‖² / n_t
-has its minimum at Wᵀ = (Σ G_t)⁻¹ Σ G_t W_tᵀ. It is the same for task vectors in the place of weights.
+Let expert t's map W_t see n_t inputs on its task, the rows of X_t, and let G_t = X_tᵀ X_t / n_t. Then
+Σ ‖X_t Wᵀ − X_t W_tᵀ‖² / n_t has its minimum at Wᵀ = (Σ G_t)⁻¹ Σ G_t W_tᵀ. It is the same for task vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .stage import Chunk, Method, Stage, Statistics
 
 @register(
     "regmean",
-    paper="Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, 2023, arXiv 2212.09849",
+    paper="Jin et al., Dataless Knowledge Fusion by Merging Weights, 2023, arXiv 2212.09849",
 )
 def regmean(
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95,

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .regmean import regression
 from .registry import register
+from .regmean import regression
 from .stage import Method, Statistics
 
 

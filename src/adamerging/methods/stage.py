@@ -177,10 +177,10 @@ class Statistics:
     """What a method must know of the tasks' unlabeled inputs, gathered by running each expert on its own.
 
     Attributes:
-        kind: ``gram``, for every linear map the mean of the outer products x xᵀ of its inputs: ``(P, d, d)``
-            where the rows (first dimension) of the weight are P equal parts that see inputs of their own, each
-            row flattened to d values; ``(d, d)`` where the weight is stored (in, out). Or ``fisher``, for every
-            parameter its diagonal Fisher information, in the parameter's shape.
+        kind: ``gram``, for every linear map the mean of the outer products x xᵀ of its inputs:
+            ``(P, d, d)`` where the rows of the weight, of d values each, are P equal parts that see inputs of
+            their own; ``(d, d)`` where the weight is stored (in, out). Or ``fisher``, for every parameter its
+            diagonal Fisher information, in the parameter's shape.
         samples: of each task, at most.
         seed: of the choice of samples, and of the labels drawn for Fisher information.
         sequential: inputs of a block come from the merged earlier blocks, not from the expert's own.
@@ -272,7 +272,8 @@ def chain(methods: Sequence[Method]) -> Method:
     informed = [method for method in methods if method.statistics is not None]
     if len(informed) > 1:
         raise UsageError(
-            f"'{informed[0].name}' and '{informed[1].name}' both need statistics of data; a chain has one such"
+            f"'{informed[0].name}' and '{informed[1].name}' both need statistics of data; "
+            "a chain has one such method"
         )
     last = methods[-1]
     scale = last.scale
@@ -285,7 +286,8 @@ def chain(methods: Sequence[Method]) -> Method:
             )
         if reducer is not None and method.statistics is not None:
             raise UsageError(
-                f"'{method.name}' weighs experts by their data and cannot follow '{reducer.name}', which leaves one"
+                f"'{method.name}' weighs experts by their data and cannot follow '{reducer.name}', "
+                "which leaves one"
             )
         stages += method.transform
         if method.reduce is not None and position < len(methods) - 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ class Gathering:
     say: Callable[[str], None] = field(default=lambda _: None)
 
 
-def gather(
-    given: Gathering, method: Method, asked: Any, scale: Any = None
-) -> tuple[TaskVectors, list[str]]:
+def gather(given: Gathering, method: Method, asked: Any, scale: Any = None) -> tuple[TaskVectors, list[str]]:
     """The task vectors with what the method must know of the tasks' inputs.
 
     Args:
@@ -150,6 +149,13 @@ class _Run:
         )  # fmt: skip
         return self._finite(found, "gradient")
 
+    def in_merged(self, order: Order, number: int) -> Mapping[str, Tensor]:
+        """The Gram matrices of one group of the expert's tensors, in a body that is merged before it."""
+        given, names = self.given, order.groups[number]
+        given.say(f"statistics of expert '{self.task.name}', part {number + 1} of {len(order.groups)}")
+        given.body.load_expert(given.vectors, self.task.name, set(names))
+        return self.grams(names, lambda name: order.is_after(name, number))
+
     def grams(
         self, names: Sequence[str] | None = None, stop: Callable[[str], bool] = lambda _: False
     ) -> Mapping[str, Tensor]:
@@ -201,7 +207,8 @@ class _Run:
         bad = [name for name, values in found.items() if not values.isfinite().all()]
         if bad:
             raise NonFiniteError(
-                f"expert '{self.task.name}' has NaN or infinity in a {what} of {', '.join(bad[:5])} on its own data"
+                f"expert '{self.task.name}', on the data of its task, has NaN or infinity in a {what} of "
+                f"{', '.join(bad[:5])}"
             )
         return found
 
@@ -228,16 +235,8 @@ def _block_by_block(
     fill(body.tensors, pipeline, order.rest, scale=factor)
     for number, names in enumerate(order.groups):
         for run in runs:
-
-            def look(run: _Run = run, number: int = number, names: Sequence[str] = names) -> Mapping[str, Tensor]:
-                given.say(
-                    f"statistics of expert '{run.task.name}', part {number + 1} of {len(order.groups)}"
-                )
-                body.load_expert(vectors, run.task.name, set(names))
-                return run.grams(names, lambda name: order.is_after(name, number))
-
             name = None if others is None else key("block", others, list(names), run.task.name)
-            found[run.task.name].update(computed(name, look))
+            found[run.task.name].update(computed(name, partial(run.in_merged, order, number)))
         fill(body.tensors, pipeline, names, scale=factor)
     return found
 
@@ -248,6 +247,10 @@ def _order(given: Gathering, runs: Sequence[_Run]) -> Order:
     for run in runs:
         trace: list[str] = []
         for batch in run.batches(run.samples()[:1]):
-            run.forward(batch, lambda use, trace=trace: trace.append(use.name))  # type: ignore[misc]
+            run.forward(batch, partial(_note, trace))
         traces.append(trace)
     return order_of(traces, given.vectors.plan.entries, given.vectors.places)
+
+
+def _note(trace: list[str], use: Use) -> None:
+    trace.append(use.name)

@@ -38,7 +38,7 @@ class Grams:
         """A new batch.
 
         Args:
-            mask: ``(samples, tokens)`` not 0 where a token is none of padding; None where there is no padding.
+            mask: ``(samples, tokens)`` 0 where a token is padding; None where there is none.
         """
         kept = None if mask is None or mask.ndim != 2 else mask != 0
         self._mask = None if kept is None or bool(kept.all()) else kept

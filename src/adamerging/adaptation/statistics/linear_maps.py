@@ -1,8 +1,8 @@
 """The inputs of every linear map that a forward pass uses, whoever calls it.
 
-Hooks on modules miss maps that are called as functions, as both of `torch.nn.MultiheadAttention`. So this looks
-at the functions themselves, and knows the weights by their memory: `linear`, matrix products with a weight
-(`Conv1D` of transformers, projections kept as plain parameters), convolutions, and fused attention.
+Hooks on modules miss maps that are called as functions, as both of `torch.nn.MultiheadAttention`. So this
+looks at the functions themselves, and knows the weights by their memory: `linear`, matrix products with a
+weight (`Conv1D` of transformers, projections kept as plain parameters), convolutions, and fused attention.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ class Use:
 
     Attributes:
         name: of the weight.
-        inputs: of each part that sees inputs of its own ``(..., d)``; all the same object where one input goes
-            through several maps.
+        inputs: ``(..., d)``; the same object where one input goes through several maps.
         parts: into how many equal parts the rows of the weight are divided.
         part: which of them this is; None for all of them at once, ``inputs`` then being ``(P, n, d)``.
         turned: the weight is stored (in, out).
@@ -133,7 +132,7 @@ class LinearMaps(TorchFunctionMode):  # type: ignore[misc]
         given = dict(zip(names, args, strict=False)) | kwargs
         found = self._named(given["weight"])
         if found is not None and found[1].shape == given["weight"].shape:
-            settings = {key: given[key] for key in ("stride", "padding", "dilation", "groups") if key in given}
+            settings = {name: given[name] for name in names[3:] if name in given}
             for piece in patches(given["input"], given["weight"], **settings):
                 self._use(Use(found[0], piece, len(piece), None, sequence=False))
         return func(*args, **kwargs)
@@ -155,24 +154,24 @@ class LinearMaps(TorchFunctionMode):  # type: ignore[misc]
         query, key, value = (given[name] for name in ("query", "key", "value"))
         padding = given.get("key_padding_mask")
         keep = None if padding is None else _kept(padding)
-        own = keep if query is key else None  # whether tokens of the query are padding is known of these alone
+        own = keep if query is key else None  # nothing tells which tokens of another query are padding
         if given.get("use_separate_proj_weight"):
             inputs = ((query, "q", own), (key, "k", keep), (value, "v", keep))
             for tensor, letter, mask in inputs:
                 if given.get(f"static_{letter}") is None:
-                    self._matrix(tensor, given[f"{letter}_proj_weight"], mask)
-        elif query is key and key is value and given.get("static_k") is None and given.get("static_v") is None:
-            self._matrix(query, given["in_proj_weight"], own)
+                    self._matrix(tensor, given[f"{letter}_proj_weight"], mask, sequence=False)
+        elif query is key is value and given.get("static_k") is None is given.get("static_v"):
+            self._matrix(query, given["in_proj_weight"], own, sequence=False)
         else:
             weights = given["in_proj_weight"].chunk(3)
             masks = (own, keep, keep)
             for tensor, letter, weight, mask in zip((query, key, value), "qkv", weights, masks, strict=True):
                 if given.get(f"static_{letter}") is None:
-                    self._matrix(tensor, weight, mask)
+                    self._matrix(tensor, weight, mask, sequence=False)
         weight, bias = given["out_proj_weight"], given["out_proj_bias"]
         identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         heads, *rest = func(**given | {"out_proj_weight": identity, "out_proj_bias": None})
-        self._matrix(heads, weight, own)
+        self._matrix(heads, weight, own, sequence=False)
         return (F.linear(heads, weight, bias), *rest)
 
 

@@ -27,9 +27,7 @@ class Order:
         return number not in self.again and any(name in group for group in self.groups[number + 1 :])
 
 
-def order_of(
-    traces: Iterable[Sequence[str]], names: Iterable[str], places: Mapping[str, Place]
-) -> Order:
+def order_of(traces: Iterable[Sequence[str]], names: Iterable[str], places: Mapping[str, Place]) -> Order:
     """The order that forward passes show.
 
     Args:
@@ -56,8 +54,7 @@ def order_of(
                 again.add(number)
             latest = max(latest, number)
     members: dict[str, list[str]] = {group: [] for group in order}
-    rest = []
+    rest: list[str] = []
     for name in names:
-        group = places[name].block or name
-        (members[group] if group in members else rest).append(name)
+        members.get(places[name].block or name, rest).append(name)
     return Order([members[group] for group in order], rest, frozenset(again))
