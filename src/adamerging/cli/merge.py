@@ -304,8 +304,8 @@ def _show_dry_run(prepared: Prepared, estimate: Estimate, as_json: bool) -> None
     wanted = prepared.method.statistics
     if wanted is not None:
         warnings.append(
-            f"{prepared.method.name} first runs each expert on up to {wanted.samples} unlabeled inputs of its "
-            "task, which the estimate leaves out"
+            f"{prepared.method.name} first runs each expert on up to {wanted.samples} unlabeled inputs of "
+            "its task, which the estimate leaves out"
         )
     if estimate.free is not None and estimate.free < estimate.disk:
         warnings.append(f"the disk has {show.size(estimate.free)} free, less than the result takes")

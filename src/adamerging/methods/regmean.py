@@ -69,15 +69,18 @@ def solve(chunk: Chunk, alpha: float, floor: float) -> Tensor:
     turned = known[0].ndim == 2
     parts = max(1 if gram.ndim == 2 else len(gram) for gram in known)
     width = known[0].shape[-1]
-    diagonals = torch.stack([gram.double().diagonal(dim1=-2, dim2=-1).expand(parts, width) for gram in known])
+    diagonals = torch.stack([gram.diagonal(dim1=-2, dim2=-1).double().expand(parts, width) for gram in known])
     level = floor * float(diagonals.mean()) or floor
 
     def shrunk(gram: Tensor | None) -> Tensor:
         if gram is None:
             return level * torch.eye(width, dtype=torch.float64).expand(parts, width, width)
-        own = gram.double().expand(parts, width, width)
+        own = gram.to(torch.float64, copy=True).reshape(-1, width, width)
         diagonal = own.diagonal(dim1=-2, dim2=-1)
-        return (alpha * own).diagonal_scatter(diagonal + level, dim1=-2, dim2=-1)
+        kept = diagonal + level
+        own.mul_(alpha)
+        diagonal.copy_(kept)
+        return own.expand(parts, width, width)
 
     total = torch.zeros(parts, width, width, dtype=torch.float64)
     for weight, gram in zip(chunk.weights.tolist(), chunk.statistics, strict=True):

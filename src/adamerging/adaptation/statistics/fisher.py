@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import UsageError
+from ...errors import NonFiniteError, UsageError
 from ...tasks.task import Task
 from ..body import Body
 
@@ -39,6 +39,7 @@ def fisher_of(
 
     Raises:
         UsageError: the model gives no logits ``(samples, classes)``.
+        NonFiniteError: its logits are NaN or infinite.
     """
     assert task.adapt is not None
     total: dict[str, Tensor] = {}
@@ -57,7 +58,7 @@ def fisher_of(
     generator = torch.Generator().manual_seed(seed)
     body.train_only({name for name in names if isinstance(body.tensors[name], nn.Parameter)})
     handles = [
-        tensor.register_post_accumulate_grad_hook(adder(name))
+        tensor.register_post_accumulate_grad_hook(adder(name))  # type: ignore[no-untyped-call]
         for name, tensor in body.tensors.items()
         if tensor.requires_grad
     ]
@@ -70,6 +71,10 @@ def fisher_of(
                 raise UsageError(
                     f"task '{task.name}': Fisher information is of one prediction a sample, logits (samples, "
                     f"classes); the model gives {list(logits.shape)}"
+                )
+            if not bool(logits.isfinite().all()):
+                raise NonFiniteError(
+                    f"expert '{task.name}' predicts NaN or infinity for sample {number} of {task.adapt.source}"
                 )
             if not logits.requires_grad:
                 break

@@ -43,7 +43,7 @@ class Use:
     sequence: bool = True
 
 
-class LinearMaps(TorchFunctionMode):  # type: ignore[misc]
+class LinearMaps(TorchFunctionMode):
     """Tells of each use of a linear map, while it is entered.
 
     Args:
