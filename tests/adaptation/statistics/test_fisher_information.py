@@ -63,11 +63,11 @@ def test_one_sample_and_one_drawn_label(opened):
 def test_many_drawn_labels_come_near_the_expectation_and_the_seed_decides(opened):
     _, task, module, body, names = opened
     exact = fisher_of(task, module, body, names, [2], labels="expected", seed=0)
-    drawn = fisher_of(task, module, body, names, [2] * 600, labels="sampled", seed=0)
-    again = fisher_of(task, module, body, names, [2] * 600, labels="sampled", seed=0)
-    other = fisher_of(task, module, body, names, [2] * 600, labels="sampled", seed=1)
+    drawn = fisher_of(task, module, body, names, [2] * 300, labels="sampled", seed=0)
+    again = fisher_of(task, module, body, names, [2] * 300, labels="sampled", seed=0)
+    other = fisher_of(task, module, body, names, [2] * 30, labels="sampled", seed=1)
     for name in names:
-        assert (drawn[name] - exact[name]).norm() < 0.2 * exact[name].norm()
+        assert (drawn[name] - exact[name]).norm() < 0.25 * exact[name].norm()
         assert torch.equal(drawn[name], again[name])
     assert any(not torch.equal(drawn[name], other[name]) for name in names)
 

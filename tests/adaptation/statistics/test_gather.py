@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 import adamerging as am
 from adamerging.adaptation.adapt import adapt
 from adamerging.adaptation.cache import cache_folder
+from adamerging.adaptation.static import merge_with_tasks
+from adamerging.recipe import Settings
+from adamerging.run import prepare
 from adaptation.toy import make_experts, make_tasks
 
 HEADS = ["head.*"]
@@ -192,6 +196,14 @@ class TestEvery:
             object.__setattr__(task, "forward", forward)
         with pytest.raises(am.AdamergingError, match="NaN or infinity"):
             am.merge(base, experts, method=method, tasks=tasks, heads=HEADS, allow=["unrelated"])
+
+
+def test_another_tokenizer_is_refused():
+    base, experts, tasks = family()
+    prepared = prepare(base, experts, Settings(method="regmean", heads=HEADS))
+    settings = prepared.settings.model_copy(update={"tokenizer": "t0"})
+    with pytest.raises(am.UsageError, match="data goes through the base's tokenizer"):
+        merge_with_tasks(replace(prepared, settings=settings), tasks)
 
 
 def test_the_number_of_samples_and_their_seed_decide():

@@ -74,7 +74,7 @@ def fisher_of(
                 )
             if not bool(logits.isfinite().all()):
                 raise NonFiniteError(
-                    f"expert '{task.name}' predicts NaN or infinity for sample {number} of {task.adapt.source}"
+                    f"expert '{task.name}' predicts NaN or infinity for sample {number} of its data"
                 )
             if not logits.requires_grad:
                 break
