@@ -48,6 +48,7 @@ class Prepared:
         relatedness: how each expert lies to the base.
         files: the output's weight files, each with the name, shape and dtype of its tensors.
         vocabulary: rows and tokenizer files where vocabularies differ.
+        about: what the record says of the data that the method looked at.
     """
 
     settings: Settings
@@ -56,6 +57,7 @@ class Prepared:
     relatedness: Mapping[str, Relatedness]
     files: Mapping[str, Mapping[str, Spec]]
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -524,6 +526,7 @@ def run_record(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        **prepared.about,
         "threads": settings.threads or torch.get_num_threads(),
         "seconds": round(time.perf_counter() - started, 3),
     }

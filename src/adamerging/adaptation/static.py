@@ -109,7 +109,18 @@ def with_statistics(
         content = [content_of(weights, hashes) for weights in inputs]
         given = Gathering(vectors, body, tasks, modules, content, workers, say)
         informed, _ = gather(given, prepared.method, settings.chain(), settings.scale)
-    return replace(prepared, vectors=informed)
+    wanted = prepared.method.statistics
+    about = {
+        task.name: {
+            "source": task.adapt.source,
+            "fingerprint": task.adapt.fingerprint,
+            "samples": min(len(task.adapt), wanted.samples),
+        }
+        for task in tasks
+        if task.adapt is not None and wanted is not None
+    }
+    settled = {task.name: dict(task.settings) for task in tasks}
+    return replace(prepared, vectors=informed, about={"data": about, "tasks": settled})
 
 
 def _check_tokenizer(prepared: Prepared) -> None:

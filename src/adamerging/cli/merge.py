@@ -226,14 +226,14 @@ def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
             check_out(prepared, recipe.out, overwrite=recipe.overwrite)
         _show_dry_run(prepared, estimate(prepared, recipe.out), as_json)
         return
-    with _progress(prepared) as progress:
+    with _progress(prepared) as (progress, say):
         if recipe.tasks:
             from ..adaptation.adapt import tasks_of
             from ..adaptation.static import merge_with_tasks
 
             result = merge_with_tasks(
                 prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
-                transductive=recipe.transductive, progress=progress,
+                transductive=recipe.transductive, progress=progress, say=say,
             )  # fmt: skip
         else:
             result = execute(prepared, out=recipe.out, overwrite=recipe.overwrite, progress=progress)
@@ -241,11 +241,11 @@ def _merge(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
 
 
 @contextmanager
-def _progress(prepared: Prepared) -> Iterator[Progress | None]:
-    """A bar on standard error where that is a terminal; nothing otherwise."""
+def _progress(prepared: Prepared) -> Iterator[tuple[Progress | None, Callable[[str], None]]]:
+    """A bar on standard error where that is a terminal, and what it says is done; nothing otherwise."""
     console = show.console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield None, lambda _: None
         return
     from rich import progress as bars
 
@@ -265,7 +265,7 @@ def _progress(prepared: Prepared) -> Iterator[Progress | None]:
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done * factor, description="merging" if done < total else "finishing")
 
-        yield advance
+        yield advance, lambda text: bar.update(task, description=text)
 
 
 def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None:

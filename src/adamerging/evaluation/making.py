@@ -122,28 +122,29 @@ class Maker:
             return self._learned(prepared, candidate, state)
         prepared = replace(prepared, method=candidate.method)
         check_method(candidate.method, vectors, candidate.settings.scale)
-        if candidate.method.statistics is not None:
-            return self._informed(prepared)
-        merged = self._merged(
-            prepared, lambda: merge_into(self.bench.body.tensors, prepared, self.bench.workers)
-        )
-        return merged if candidate.method.masks is None else self._masked(prepared, merged)
-
-    def _informed(self, prepared: Prepared) -> Made:
-        """A merge by a method that looks at the tasks' inputs; the time it takes is counted."""
         started = time.perf_counter()
-        bench, settings = self.bench, prepared.settings
-        order = ("base", *bench.prepared.vectors.tasks)
-        content = [bench.content[1][order.index(name)] for name in ("base", *self.experts)]
-        given = Gathering(
-            prepared.vectors, bench.body, list(self._data().values()), bench.modules, content, bench.workers,
-            self.say,
-        )  # fmt: skip
-        vectors, _ = gather(given, prepared.method, settings.chain(), settings.scale)
-        informed = replace(prepared, vectors=vectors)
+        informed = self._informed(prepared)
         seconds = time.perf_counter() - started
-        made = self._merged(informed, lambda: merge_into(bench.body.tensors, informed, bench.workers))
-        return replace(made, adapted=True, seconds=seconds + made.seconds)
+        merged = self._merged(
+            informed, lambda: merge_into(self.bench.body.tensors, informed, self.bench.workers)
+        )
+        if candidate.method.statistics is not None:
+            merged = replace(merged, adapted=True, seconds=seconds + merged.seconds)
+        return merged if candidate.method.masks is None else self._masked(informed, merged)
+
+    def _informed(self, prepared: Prepared) -> Prepared:
+        """The same with what the method must know of the tasks' inputs."""
+        if prepared.method.statistics is None:
+            return prepared
+        bench, settings = self.bench, prepared.settings
+        weights = dict(zip(("", *bench.prepared.vectors.tasks), bench.content[1], strict=True))
+        content = [weights[name] for name in ("", *self.experts)]
+        tasks = list(self._data().values())
+        given = Gathering(
+            prepared.vectors, bench.body, tasks, bench.modules, content, bench.workers, self.say
+        )
+        vectors, _ = gather(given, prepared.method, settings.chain(), settings.scale)
+        return replace(prepared, vectors=vectors)
 
     def _masked(self, prepared: Prepared, merged: Made) -> Made:
         """A model for each task, from one vector and the task's mask."""

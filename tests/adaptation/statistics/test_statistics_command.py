@@ -37,6 +37,8 @@ def test_flags_alone_merge_and_the_second_time_nothing_is_run(method, cli, root,
     assert f"by {method}" in ended.out
     record = json.loads((tmp_path / "m" / "run.json").read_text())
     assert record["method"] == method and record["seed"] == 0
+    assert {name: about["samples"] for name, about in record["data"].items()} == dict.fromkeys(CLASSES, 24)
+    assert record["tasks"]["films"]["kind"] == "text"
     kept = {path: path.stat().st_mtime_ns for path in cache_folder().iterdir()}
     assert kept
     assert cli("merge", *sources(root), *data(root), "-m", method, "--out", tmp_path / "n").code == 0
