@@ -251,3 +251,34 @@ def test_a_map_that_runs_again_is_merged_from_all_its_inputs():
             inputs.append(torch.cat([first, second]))
     wanted = solved([e.layers[0].weight.detach() for e in experts.values()], inputs)
     torch.testing.assert_close(found["layers.0.weight"], wanted, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean++"])
+def test_a_map_that_only_one_task_reaches_is_that_tasks(method):
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.never = nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(5, 4)
+            self.head = nn.Linear(4, 3)
+
+    torch.manual_seed(0)
+    base, experts, tasks = Towers().double().eval(), {}, []
+    for name in ("left", "right"):
+        expert = experts[name] = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+        def forward(module, batch, name=name):
+            return module.head(module.get_submodule(name)(batch["x"]))
+
+        data = torch.randn(40, 5).double()
+        tasks.append(am.module_task(name, data, model=expert, collate=rows, forward=forward))
+    found = am.merge(base, experts, method=method, tasks=tasks, heads=HEADS).body
+    states = {name: expert.state_dict() for name, expert in experts.items()}
+    for name in experts:
+        torch.testing.assert_close(
+            found[f"{name}.weight"], states[name][f"{name}.weight"], rtol=1e-4, atol=1e-5
+        )
+    both = mean([state["never.weight"] for state in states.values()])
+    torch.testing.assert_close(found["never.weight"], both)

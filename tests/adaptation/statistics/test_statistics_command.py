@@ -73,7 +73,9 @@ def test_they_are_compared(cli, root, tmp_path):
         "fisher",
         {"fewer": {"method": "regmean", "options": {"samples": 5}}},
     ]
-    path = save_recipe(tmp_path, root, compare={"methods": methods, "bootstrap": 20, "seeds": [0]})
+    path = save_recipe(
+        tmp_path, root, compare={"methods": methods, "bootstrap": 20, "seeds": [0], "why": False}
+    )
     ended = cli("compare", path, "--out", tmp_path / "c", "--json")
     assert ended.code == 0, ended.err
     found = {row["label"]: row for row in json.loads(ended.out)["rows"]}
@@ -97,7 +99,9 @@ def test_without_data_it_says_for_whom_and_what_to_give(method, given, cli, root
 
 def test_without_data_a_comparison_says_so_in_the_row(cli, root, tmp_path):
     tasks = {name: {"evaluate": str(root / f"{name}_test.jsonl")} for name in CLASSES}
-    path = save_recipe(tmp_path, root, tasks=tasks, compare={"methods": ["regmean"], "bootstrap": 20})
+    path = save_recipe(
+        tmp_path, root, tasks=tasks, compare={"methods": ["regmean"], "bootstrap": 20, "why": False}
+    )
     ended = cli("compare", path, "--out", tmp_path / "c", "--json")
     (row,) = [row for row in json.loads(ended.out)["rows"] if row["label"] == "regmean"]
     assert "there are none for: films, books, topics" in row["failed"]
