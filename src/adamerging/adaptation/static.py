@@ -63,6 +63,8 @@ def merge_with_tasks(
         AdamergingError: as `run.merge`.
     """
     if prepared.method.statistics is not None:
+        if out is not None:
+            check_out(prepared, out, overwrite=overwrite)  # before what takes long
         prepared = with_statistics(prepared, tasks, say)
     lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
     estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking

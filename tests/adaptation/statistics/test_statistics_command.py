@@ -128,6 +128,14 @@ def test_a_dry_run_says_that_the_data_comes_on_top(cli, root, tmp_path):
     assert "first runs each expert on up to 256 unlabeled inputs" in " ".join(ended.err.split())
 
 
+def test_an_output_that_exists_is_refused_before_an_expert_runs(cli, root, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "mine.txt").touch()
+    ended = cli("merge", *sources(root), *data(root), "-m", "fisher", "--out", tmp_path / "m")
+    assert ended.code == 4 and "mine.txt" not in ended.out
+    assert not cache_folder().exists()
+
+
 def test_a_damaged_cache_is_computed_anew(cli, root, tmp_path):
     path = save_recipe(tmp_path, root, method="regmean", compare=None, out="m")
     fields = yaml.safe_load(path.read_text())
