@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,25 @@ def check_method(method: Method, vectors: TaskVectors, scale: Schedule | None) -
             raise UsageError("scale multiplies the merged vector and cannot differ by expert; weights can")
 
 
+def check_statistics(method: Method, vectors: TaskVectors) -> None:
+    """Refuse a method that needs statistics of data, where none were gathered.
+
+    Raises:
+        UsageError: it does, and what to give.
+    """
+    if method.statistics is not None and vectors.statistics is None:
+        raise lacking_data(method, vectors.tasks)
+
+
+def lacking_data(method: Method, tasks: Iterable[str]) -> UsageError:
+    """What to say where these tasks have no unlabeled inputs for the method to look at."""
+    return UsageError(
+        f"method '{method.name}' looks at unlabeled inputs of every expert's task, and there are none for: "
+        f"{', '.join(tasks)}. Give some for each: --data NAME=FILE, or tasks: {{NAME: {{adapt: FILE}}}} in "
+        "the recipe, or tasks=[...] in Python"
+    )
+
+
 def merged_pieces(
     pipeline: Pipeline,
     names: Iterable[str],
@@ -114,6 +134,23 @@ def merged_pieces(
                 yield partial(_copied, vectors, entry, 0, target)
 
     return pipeline.workers.map(lambda job: job(), jobs())
+
+
+def fill(tensors: Mapping[str, Tensor], pipeline: Pipeline, names: Iterable[str], **keywords: Any) -> None:
+    """Stream merged tensors into tensors that exist.
+
+    Args:
+        tensors: by the base's names, in their shapes.
+        pipeline: the method's stages over base, experts and plan.
+        names: of the tensors.
+        keywords: of `merged_pieces`.
+    """
+    done = dict.fromkeys(names, 0)
+    with torch.no_grad():
+        for piece in merged_pieces(pipeline, done, **keywords):
+            start, name = done[piece.entry.name], piece.entry.name
+            done[name] = start + piece.values.numel()
+            tensors[name].view(-1)[start : done[name]].copy_(piece.values)
 
 
 def output_dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import __version__
 from .errors import PlanError, UsageError
 from .masks import masked_nbytes, refuse_masks, write_masks
-from .merging import check_method, merged_pieces, output_dtype
+from .merging import check_method, check_statistics, fill, merged_pieces, output_dtype
 from .methods import Method, chain, make_method
 from .output.card import hub_id, model_card
 from .output.companions import companions, is_tokenizer, with_dtype
@@ -48,6 +48,7 @@ class Prepared:
         relatedness: how each expert lies to the base.
         files: the output's weight files, each with the name, shape and dtype of its tensors.
         vocabulary: rows and tokenizer files where vocabularies differ.
+        about: what the record says of the data that the method looked at.
     """
 
     settings: Settings
@@ -56,6 +57,7 @@ class Prepared:
     relatedness: Mapping[str, Relatedness]
     files: Mapping[str, Mapping[str, Spec]]
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:
@@ -111,6 +113,8 @@ def merge(
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    tasks: Iterable[Task] = (),
+    transductive: bool = False,
     **settings: Any,
 ) -> MergeResult:
     """Merge experts into one model.
@@ -121,6 +125,9 @@ def merge(
         out: folder to write, which must not exist; without it the result stays in memory.
         overwrite: replace the folder of an earlier run.
         progress: called with (values read, values to read).
+        tasks: data by expert (see `adamerging.tasks`), for methods that look at unlabeled inputs, for
+            BatchNorm statistics, and to score on.
+        transductive: unlabeled and labelled data may be the same; the record says so.
         settings: any field of `recipe.Settings`: method, options, scale, weights, ...
 
     Raises:
@@ -131,7 +138,16 @@ def merge(
         OutputError: the folder cannot be written.
     """
     prepared = prepare(base, experts, make(Settings, settings, "settings of merge"))
-    return execute(prepared, out=out, overwrite=overwrite, progress=progress)
+    tasks = list(tasks)
+    if not tasks:
+        return execute(prepared, out=out, overwrite=overwrite, progress=progress)
+    from .adaptation.static import merge_with_tasks
+    from .tasks.data import refuse_overlap
+
+    refuse_overlap(tasks, transductive=transductive)
+    return merge_with_tasks(
+        prepared, tasks, out=out, overwrite=overwrite, transductive=transductive, progress=progress
+    )
 
 
 def prepare_recipe(recipe: Recipe) -> Prepared:
@@ -210,6 +226,7 @@ def execute(
     """
     started = time.perf_counter()
     vectors = prepared.vectors
+    check_statistics(prepared.method, vectors)
     if progress is not None:
         vectors.on_read = _Counter(prepared.reads, progress)
     if out is None:
@@ -252,6 +269,7 @@ def check_out(prepared: Prepared, out: str | Path | None, *, overwrite: bool = F
 def _pipeline(prepared: Prepared, workers: Workers) -> tuple[Pipeline, dict[str, Any]]:
     """The surveyed method, and the keywords of `merged_pieces`."""
     settings, method = prepared.settings, prepared.method
+    check_statistics(method, prepared.vectors)
     scale = method.scale if settings.scale is None else settings.scale
     return Pipeline(prepared.vectors, method.stages, workers), {
         "scale": scale,
@@ -312,12 +330,7 @@ def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Worke
         AdamergingError: as `merge`.
     """
     pipeline, keywords = _pipeline(prepared, workers)
-    done = dict.fromkeys(prepared.plan.entries, 0)
-    with torch.no_grad():
-        for piece in merged_pieces(pipeline, done, **keywords):
-            start, name = done[piece.entry.name], piece.entry.name
-            done[name] = start + piece.values.numel()
-            tensors[name].view(-1)[start : done[name]].copy_(piece.values)
+    fill(tensors, pipeline, prepared.plan.entries, **keywords)
 
 
 def _head(prepared: Prepared, task: str) -> dict[str, Tensor]:
@@ -522,6 +535,7 @@ def run_record(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        **prepared.about,
         "threads": settings.threads or torch.get_num_threads(),
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -53,6 +53,7 @@ class TaskVectors:
         weights: weight by expert, see `schedule`.
         chunk_values: values of one piece of a stack, all experts together.
         allow_nonfinite: merge NaN and infinity as they are instead of refusing them.
+        statistics: by task and tensor name what a method's `Statistics` are; None where none were gathered.
         on_read: told how many values of each task vector were read, for progress; called from any thread.
 
     Attributes:
@@ -66,6 +67,7 @@ class TaskVectors:
     weights: Schedule = 1.0
     chunk_values: int = CHUNK_VALUES
     allow_nonfinite: bool = False
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None
     on_read: Callable[[int], None] | None = None
     places: Mapping[str, Place] = field(init=False)
     tasks: tuple[str, ...] = field(init=False)
@@ -92,6 +94,12 @@ class TaskVectors:
         )
         made.changed = {name: self.changed[name] for name in names}
         made.scanned = self.scanned
+        return made
+
+    def informed(self, statistics: Mapping[str, Mapping[str, Tensor]]) -> TaskVectors:
+        """The same with statistics of the tasks' inputs."""
+        made = self.like()
+        made.statistics = statistics
         return made
 
     def entries(self) -> list[Entry]:
@@ -174,7 +182,13 @@ class TaskVectors:
             vectors,
             vectors,
             weights,
+            self._statistics(entry.name),
         )
+
+    def _statistics(self, name: str) -> tuple[Tensor | None, ...]:
+        if self.statistics is None:
+            return ()
+        return tuple(self.statistics[task].get(name) for task in self.tasks)
 
     def _inspect(self, entry: Entry, vectors: Tensor) -> None:
         """Note which experts changed this tensor; refuse NaN and infinity (a sum shows both, cheaply)."""

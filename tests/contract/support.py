@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamerging.merging import check_method, merged_pieces
-from adamerging.methods import Method
+from adamerging.methods import Method, Statistics
 from adamerging.plan import make_plan
 from adamerging.stream import Pipeline, Workers
 from adamerging.task_vectors import TaskVectors
@@ -79,6 +79,8 @@ def merge(
 ) -> State:
     """Merged tensors by name, in the base's shapes; `options` as for `task_vectors`."""
     vectors = task_vectors(base, experts, **options)
+    if method.statistics is not None:
+        vectors = vectors.informed(made_up(method.statistics, vectors))
     parts: dict[str, list[Tensor]] = {name: [] for name in vectors.plan.entries}
     check_method(method, vectors, scale)
     with Workers(workers) as pool:
@@ -92,6 +94,24 @@ def merge(
         empty = torch.empty(0, dtype=dtype or spec.dtype)
         merged[name] = torch.cat(pieces or [empty]).reshape(spec.shape)
     return merged
+
+
+def made_up(wanted: Statistics, vectors: TaskVectors) -> dict[str, State]:
+    """Statistics of inputs that nobody has seen, the same for a task whatever its place: none of `embed`."""
+    found: dict[str, State] = {}
+    for task in vectors.tasks:
+        generator = torch.Generator().manual_seed(sum(map(ord, task)))
+        found[task] = {}
+        for entry in vectors.entries():
+            shape, dtype = entry.spec.shape, vectors.dtype(entry)
+            if wanted.kind == "fisher":
+                drawn = torch.rand(shape, generator=generator, dtype=torch.float64).square()
+                found[task][entry.name] = drawn.to(dtype)
+            elif len(shape) > 1 and entry.spec.numel and "embed" not in entry.name:
+                width = entry.spec.numel // shape[0]
+                inputs = torch.randn(4 * width, width, generator=generator, dtype=torch.float64)
+                found[task][entry.name] = (inputs.T @ inputs / len(inputs)).to(dtype)[None]
+    return found
 
 
 def vectors_of(base: State, experts: Mapping[str, State]) -> dict[str, Tensor]:

@@ -75,6 +75,12 @@ VARIANTS: dict[str, list[Variant]] = {
         Variant({"density": 0.4, "outliers": 0.1}),
     ],
     "emr": [Variant(copies=whole)],
+    "fisher": [
+        Variant(copies=whole, exact_chunks=False),
+        Variant({"normalise": False, "floor": 0.1}, copies=whole),
+    ],
+    "regmean": [Variant(copies=whole), Variant({"alpha": 1.0}, copies=whole)],
+    "regmean++": [Variant({"alpha": 0.0}, copies=whole)],
     "tall_masks": [Variant(copies=summed)],
     "wudi": [
         Variant(),

@@ -20,6 +20,11 @@ def split(count: int, held_out: float, limit: int, seed: int, task: str) -> tupl
     return sorted(order[held:]), sorted(order[:held])
 
 
+def some(count: int, most: int, seed: int, task: str) -> list[int]:
+    """Numbers of samples drawn at random, in order; all where there are no more than ``most``."""
+    return sorted(_generator(seed, task, "some").permutation(count)[:most].tolist())
+
+
 class Batches:
     """Endless batches of sample numbers.
 

@@ -7,7 +7,7 @@ up in one place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +115,13 @@ class Body:
             for name, value in statistics.items():
                 self.tensors[name].copy_(value)
 
-    def load_expert(self, vectors: TaskVectors, task: str) -> None:
-        """Make the body this expert's, exactly, statistics included."""
+    def load_expert(self, vectors: TaskVectors, task: str, names: Collection[str] | None = None) -> None:
+        """Make the body this expert's, exactly, statistics included; or only some tensors of it, by name."""
         row = vectors.tasks.index(task)
         with torch.no_grad():
             for entry in self.plan.entries.values():
+                if names is not None and entry.name not in names:
+                    continue
                 if task not in entry.sources:
                     self.tensors[entry.name].copy_(vectors.base.read(entry.name))
                     continue

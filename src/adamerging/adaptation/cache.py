@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -100,12 +101,44 @@ def cached(
     return found
 
 
-def _open(path: Path, specs: Mapping[str, Spec]) -> dict[str, Tensor] | None:
+def computed(name: str | None, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Tensors whose names and shapes are known only once they are computed.
+
+    Args:
+        name: the key they are stored under; None where nothing identifies them: they are then computed
+            anew each time, and their file has no name.
+        compute: makes all of them, when they are not stored yet.
+
+    Returns:
+        Views of a memory-mapped file.
+    """
+    path = None if name is None else cache_folder() / f"{name}.safetensors"
+    found = None if path is None else _open(path)
+    if found is not None:
+        return found
+    tensors = {label: tensor.contiguous() for label, tensor in compute().items()}
+    specs = {label: Spec(tuple(tensor.shape), tensor.dtype) for label, tensor in tensors.items()}
+
+    def fill(writer: TensorWriter) -> None:
+        for tensor in tensors.values():
+            writer.write(tensor)
+
+    if name is not None:
+        return cached(name, specs, fill)
+    stored = f"unnamed-{secrets.token_hex(16)}"
+    try:
+        return cached(stored, specs, fill)
+    finally:
+        (cache_folder() / f"{stored}.safetensors").unlink(missing_ok=True)
+
+
+def _open(path: Path, specs: Mapping[str, Spec] | None = None) -> dict[str, Tensor] | None:
     """The stored tensors; None when there is no such file or it is damaged (then it is removed)."""
     try:
         with safe_open(str(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in specs}
-        if all(tuple(tensors[name].shape) == spec.shape for name, spec in specs.items()):
+            names = file.keys() if specs is None else specs
+            tensors = {name: file.get_tensor(name) for name in names}
+        if all(tuple(tensors[name].shape) == spec.shape for name, spec in (specs or {}).items()):
             return tensors
     except FileNotFoundError:
         return None

@@ -27,8 +27,9 @@ from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predi
 from .objectives import OBJECTIVES, Objective
 from .parametrisation import Coefficients, Learned, Parametrisation
 from .settings import AdaptSettings, resolve
-from .stack import build_stack
+from .stack import build_stack, parse
 from .state import State, load_state, mask_state, save_state
+from .statistics import Gathering, gather
 from .store import VectorStore
 
 Say = Callable[[str], None]
@@ -124,13 +125,26 @@ def begin(
     if hashes is None:
         hashes = hash_files(inputs, workers)
     content = [content_of(weights, hashes) for weights in inputs]
+    body = Body(vectors, device) if body is None else body
+    body.reset(vectors)
+    ready = modules or {}
+    learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
+    attached = {learner.task.name: learner.module for learner in learners}
     texts = [str(item) for item in content]
+    given = Gathering(vectors, body, ordered, attached, content, workers, say)
     parametrisation: Parametrisation
     if settings.granularity == "singular":
-        gates = make_gates(settings, vectors, workers, texts, device, say)
+        informed = vectors
+        for asked in (settings.start, settings.vectors):
+            if asked is not None and (method := parse(asked)).statistics is not None:
+                informed, found = gather(given, method, asked)
+                texts += map(str, found)
+        gates = make_gates(settings, informed, workers, texts, device, say)
         parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
     else:
-        stack = build_stack(settings, vectors, workers, texts, say)
+        stack = build_stack(
+            settings, vectors, workers, texts, say, lambda method, _, asked: gather(given, method, asked)
+        )
         store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
         store.scan()
         if not store.entries():
@@ -138,10 +152,6 @@ def begin(
         where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
         parametrisation = Coefficients(store, where, stack.initial)
         labels, nbytes = stack.labels, stack.nbytes
-    body = Body(vectors, device) if body is None else body
-    body.reset(vectors)
-    ready = modules or {}
-    learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
     data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))

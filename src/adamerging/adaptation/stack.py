@@ -22,6 +22,9 @@ from .settings import AdaptSettings
 
 COMBINED = "combined"
 
+Inform = Callable[[Method, TaskVectors, Any], tuple[TaskVectors, Sequence[str]]]
+"""``(method, vectors, how it was asked for)`` → the vectors with its statistics, and what identifies them."""
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -48,6 +51,7 @@ def build_stack(
     workers: Workers,
     content: Sequence[str],
     say: Callable[[str], None],
+    inform: Inform = lambda method, vectors, asked: (vectors, []),
 ) -> Stack:
     """Compute, or take from the cache, what the settings ask for beyond the plain task vectors.
 
@@ -57,6 +61,7 @@ def build_stack(
         workers: threads.
         content: hashes of the weights, for the cache's key.
         say: told what is computed, and the size of what is stored.
+        inform: gathers what methods must know of the tasks' inputs, and says what identifies it.
 
     Raises:
         UsageError: unknown methods or options; a transform that ends in one vector.
@@ -77,17 +82,25 @@ def build_stack(
     nbytes = sum(spec.nbytes for spec in specs.values())
     rows: Mapping[str, Tensor] = {}
     if depth:
+        known: list[Any] = []
+        pipelines = []
+        if start is not None:
+            informed, found = inform(start, vectors, settings.start)
+            pipelines.append((informed, *_combined(start, vectors)))
+            known += found
+        if transform is not None and transform.transform:
+            informed, found = inform(transform, vectors, settings.vectors)
+            pipelines.append((informed, transform.transform, 1.0))
+            known += found
         stored = [settings.start, settings.vectors, vectors.weights, [entry.name for entry in entries]]
+        stored += [known] if known else []
         say(
             f"transformed task vectors: {nbytes / 1e6:.0f} MB in the disk cache "
             "(adamerging cache --clear frees it)"
         )
 
         def fill(writer: TensorWriter) -> None:
-            pipelines = [_combined(start, vectors, workers)] if start is not None else []
-            if transform is not None and transform.transform:
-                pipelines.append((transform.transform, 1.0))
-            ready = [(Pipeline(vectors, stages, workers), scale) for stages, scale in pipelines]
+            ready = [(Pipeline(own, stages, workers), scale) for own, stages, scale in pipelines]
             for entry in entries:
                 for pipeline, scale in ready:
                     pieces = list(workers.map(lambda job: job().stack, pipeline.chunks(entry)))
@@ -108,7 +121,7 @@ def parse(text: str | Sequence[Any]) -> Method:
     return chain([make_method(name, options) for name, options in steps])
 
 
-def _combined(method: Method, vectors: TaskVectors, workers: Workers) -> tuple[tuple[Stage, ...], float]:
+def _combined(method: Method, vectors: TaskVectors) -> tuple[tuple[Stage, ...], float]:
     from ..merging import check_method
 
     check_method(method, vectors, None)

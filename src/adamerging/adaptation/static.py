@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from ..stream import Workers
 from ..tasks.task import Task
 from ..weights import Fingerprints
 from .body import Body
+from .cache import content_of
 from .loop import estimate_statistics
 from .scoring import average_into, score
 from .session import make_learner
 from .settings import resolve
+from .statistics import Gathering, check_tasks, gather
 from .write import write_model, write_record
 
 _ROUNDS = 16
@@ -62,12 +65,16 @@ def merge_with_tasks(
         UsageError: data, and a tokenizer other than the base's.
         AdamergingError: as `run.merge`.
     """
+    if prepared.method.statistics is not None:
+        if out is not None:
+            check_out(prepared, out, overwrite=overwrite)  # before what takes long
+        prints = prints or Fingerprints()
+        prepared = with_statistics(prepared, tasks, prints, say)
     lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
     estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking
     if not estimated and all(task.evaluate is None for task in tasks):
         return execute(prepared, out=out, overwrite=overwrite, progress=progress, prints=prints)
-    if prepared.settings.tokenizer != "base":
-        raise UsageError("data goes through the base's tokenizer; tokenizer: base")
+    _check_tokenizer(prepared)
     started = time.perf_counter()
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
     body, extra = _merge(prepared, tasks, progress, say, estimated)
@@ -84,6 +91,51 @@ def merge_with_tasks(
         write_record(folder, record)
         folder.commit()
     return MergeResult(prepared.plan, record, out=folder.target)
+
+
+def with_statistics(
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    prints: Fingerprints,
+    say: Callable[[str], None] = lambda _: None,
+) -> Prepared:
+    """The same with what the method must know of the tasks' inputs, see `statistics.gather`.
+
+    Raises:
+        UsageError: tasks without unlabeled inputs, all named; a tokenizer other than the base's.
+    """
+    _check_tokenizer(prepared)
+    vectors, settings = prepared.vectors, prepared.settings
+    check_tasks(prepared.method, vectors, tasks)
+    inputs = [vectors.base, *vectors.experts.values()]
+    body = Body(vectors, torch.device("cpu"))
+    tasks = [task for task in tasks if task.name in vectors.tasks]
+    modules = {
+        task.name: body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
+        for task in tasks
+    }
+    with Workers(settings.threads) as workers:
+        hashes = prints.of([path for weights in inputs for path in weights.files])
+        content = [content_of(weights, hashes) for weights in inputs]
+        given = Gathering(vectors, body, tasks, modules, content, workers, say)
+        informed, _ = gather(given, prepared.method, settings.chain(), settings.scale)
+    wanted = prepared.method.statistics
+    about = {
+        task.name: {
+            "source": task.adapt.source,
+            "fingerprint": task.adapt.fingerprint,
+            "samples": min(len(task.adapt), wanted.samples),
+        }
+        for task in tasks
+        if task.adapt is not None and wanted is not None
+    }
+    settled = {task.name: dict(task.settings) for task in tasks}
+    return replace(prepared, vectors=informed, about={"data": about, "tasks": settled})
+
+
+def _check_tokenizer(prepared: Prepared) -> None:
+    if prepared.settings.tokenizer != "base":
+        raise UsageError("data goes through the base's tokenizer; tokenizer: base")
 
 
 def _merge(

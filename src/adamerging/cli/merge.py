@@ -219,14 +219,14 @@ def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_jso
             check_out(prepared, recipe.out, overwrite=recipe.overwrite)
         _show_dry_run(prepared, estimate(prepared, recipe.out), as_json)
         return
-    with _progress(prepared) as progress:
+    with _progress(prepared) as (progress, say):
         if recipe.tasks:
             from ..adaptation.adapt import tasks_of
             from ..adaptation.static import merge_with_tasks
 
             result = merge_with_tasks(
                 prepared, tasks_of(recipe, prepared), out=recipe.out, overwrite=recipe.overwrite,
-                transductive=recipe.transductive, progress=progress, prints=prints,
+                transductive=recipe.transductive, progress=progress, prints=prints, say=say,
             )  # fmt: skip
         else:
             result = execute(
@@ -236,11 +236,11 @@ def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_jso
 
 
 @contextmanager
-def _progress(prepared: Prepared) -> Iterator[Progress | None]:
-    """A bar on standard error where that is a terminal; nothing otherwise."""
+def _progress(prepared: Prepared) -> Iterator[tuple[Progress | None, Callable[[str], None]]]:
+    """A bar on standard error where that is a terminal, and what it says is done; nothing otherwise."""
     console = show.console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield None, lambda _: None
         return
     from rich import progress as bars
 
@@ -260,7 +260,7 @@ def _progress(prepared: Prepared) -> Iterator[Progress | None]:
         def advance(done: int, total: int) -> None:
             bar.update(task, completed=done * factor, description="merging" if done < total else "finishing")
 
-        yield advance
+        yield advance, lambda text: bar.update(task, description=text)
 
 
 def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None:
@@ -303,6 +303,12 @@ def _show_dry_run(prepared: Prepared, estimate: Estimate, as_json: bool) -> None
     from ..run import statistics_warning
 
     warnings = [*_warnings(prepared, []), *statistics_warning(prepared.plan)]
+    wanted = prepared.method.statistics
+    if wanted is not None:
+        warnings.append(
+            f"{prepared.method.name} first runs each expert on up to {wanted.samples} unlabeled inputs of "
+            "its task, which the estimate leaves out"
+        )
     if estimate.free is not None and estimate.free < estimate.disk:
         warnings.append(f"the disk has {show.size(estimate.free)} free, less than the result takes")
     if as_json:

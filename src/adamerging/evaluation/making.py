@@ -15,6 +15,7 @@ from ..adaptation.loop import Learner, estimate_statistics
 from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, applied_values, begin, learn, make_learner
 from ..adaptation.settings import resolve
+from ..adaptation.statistics import Gathering, gather
 from ..errors import UsageError
 from ..masks import fill_task, task_scales
 from ..merging import check_method
@@ -121,10 +122,29 @@ class Maker:
             return self._learned(prepared, candidate, state)
         prepared = replace(prepared, method=candidate.method)
         check_method(candidate.method, vectors, candidate.settings.scale)
+        started = time.perf_counter()
+        informed = self._informed(prepared)
+        seconds = time.perf_counter() - started
         merged = self._merged(
-            prepared, lambda: merge_into(self.bench.body.tensors, prepared, self.bench.workers)
+            informed, lambda: merge_into(self.bench.body.tensors, informed, self.bench.workers)
         )
-        return merged if candidate.method.masks is None else self._masked(prepared, merged)
+        if candidate.method.statistics is not None:
+            merged = replace(merged, adapted=True, seconds=seconds + merged.seconds)
+        return merged if candidate.method.masks is None else self._masked(informed, merged)
+
+    def _informed(self, prepared: Prepared) -> Prepared:
+        """The same with what the method must know of the tasks' inputs."""
+        if prepared.method.statistics is None:
+            return prepared
+        bench, settings = self.bench, prepared.settings
+        weights = dict(zip(("", *bench.prepared.vectors.tasks), bench.content[1], strict=True))
+        content = [weights[name] for name in ("", *self.experts)]
+        tasks = list(self._data().values())
+        given = Gathering(
+            prepared.vectors, bench.body, tasks, bench.modules, content, bench.workers, self.say
+        )
+        vectors, _ = gather(given, prepared.method, settings.chain(), settings.scale)
+        return replace(prepared, vectors=vectors)
 
     def _masked(self, prepared: Prepared, merged: Made) -> Made:
         """A model for each task, from one vector and the task's mask."""

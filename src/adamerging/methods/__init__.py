@@ -13,12 +13,15 @@ from . import (
     dare,
     della,
     emr,
+    fisher,
     iso_c,
     iso_cts,
     karcher,
     lines,
     model_stock,
     pcb,
+    regmean,
+    regmean_sequential,
     rescale,
     slerp,
     tall_masks,
@@ -29,7 +32,7 @@ from . import (
     wudi,
 )
 from .registry import Registration, make_method, methods, register
-from .stage import Chunk, Masks, Method, Stage, Stream, chain
+from .stage import Chunk, Masks, Method, Stage, Statistics, Stream, chain
 
 __all__ = [
     "Chunk",
@@ -37,6 +40,7 @@ __all__ = [
     "Method",
     "Registration",
     "Stage",
+    "Statistics",
     "Stream",
     "ace",
     "average",
@@ -47,6 +51,7 @@ __all__ = [
     "dare",
     "della",
     "emr",
+    "fisher",
     "iso_c",
     "iso_cts",
     "karcher",
@@ -55,6 +60,8 @@ __all__ = [
     "methods",
     "model_stock",
     "pcb",
+    "regmean",
+    "regmean_sequential",
     "register",
     "rescale",
     "slerp",

@@ -43,6 +43,8 @@ class Chunk:
         vectors: ``(K, n)`` task vectors as read, same dtype.
         stack: ``(S, n)`` what the stages so far made of them.
         weights: ``(S,)`` weight of each row of the stack.
+        statistics: for each expert what was gathered of this whole tensor on its task's inputs, or None where
+            nothing was; see `Statistics`. Empty where no method of the merge asks for any.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Chunk:
     vectors: Tensor
     stack: Tensor
     weights: Tensor
+    statistics: tuple[Tensor | None, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -171,6 +174,28 @@ class Masks:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What a method must know of the tasks' unlabeled inputs, gathered by running each expert on its own.
+
+    Attributes:
+        kind: ``gram``, for every linear map the mean of the outer products x xᵀ of its inputs:
+            ``(P, d, d)`` where the rows of the weight, of d values each, are P equal parts that see inputs of
+            their own; ``(d, d)`` where the weight is stored (in, out). Or ``fisher``, for every parameter its
+            diagonal Fisher information, in the parameter's shape.
+        samples: of each task, at most.
+        seed: of the choice of samples, and of the labels drawn for Fisher information.
+        sequential: inputs of a block come from the merged earlier blocks, not from the expert's own.
+        labels: ``sampled`` from the expert's prediction, one a sample, or the expectation over all of them.
+    """
+
+    kind: Literal["gram", "fisher"]
+    samples: int
+    seed: int = 0
+    sequential: bool = False
+    labels: Literal["sampled", "expected"] = "sampled"
+
+
+@dataclass(frozen=True)
 class Method:
     """A chain of stages that ends in one vector.
 
@@ -187,6 +212,7 @@ class Method:
             one model.
         components: how the merge of a matrix is a sum of components; None where it is no such thing, or of a
             chain.
+        statistics: what it must know of the tasks' inputs; None where weights are enough.
     """
 
     name: str
@@ -199,6 +225,7 @@ class Method:
     seed: int | None = None
     masks: Masks | None = None
     components: Components | None = None
+    statistics: Statistics | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -236,8 +263,8 @@ def chain(methods: Sequence[Method]) -> Method:
     that is reduced already: consensus over ties takes the scale of ties.
 
     Raises:
-        UsageError: no methods, one that compares experts after one that left a single vector, or one with
-            masks that is not the last.
+        UsageError: no methods, one that compares experts after one that left a single vector, one with masks
+            that is not the last, or two that need statistics of data.
     """
     if not methods:
         raise UsageError("a chain needs at least one method")
@@ -246,6 +273,12 @@ def chain(methods: Sequence[Method]) -> Method:
     early = [method.name for method in methods[:-1] if method.masks is not None]
     if early:
         raise UsageError(f"'{early[0]}' keeps a mask for each task and can only be the last of a chain")
+    informed = [method for method in methods if method.statistics is not None]
+    if len(informed) > 1:
+        raise UsageError(
+            f"'{informed[0].name}' and '{informed[1].name}' both need statistics of data; "
+            "a chain has one such method"
+        )
     last = methods[-1]
     scale = last.scale
     stages: list[Stage] = []
@@ -254,6 +287,11 @@ def chain(methods: Sequence[Method]) -> Method:
         if reducer is not None and method.reduce is not None and method.experts[0] > 1:
             raise UsageError(
                 f"'{method.name}' compares experts and cannot follow '{reducer.name}', which leaves one"
+            )
+        if reducer is not None and method.statistics is not None:
+            raise UsageError(
+                f"'{method.name}' weighs experts by their data and cannot follow '{reducer.name}', "
+                "which leaves one"
             )
         stages += method.transform
         if method.reduce is not None and position < len(methods) - 1:
@@ -271,6 +309,7 @@ def chain(methods: Sequence[Method]) -> Method:
         experts=(max(method.experts[0] for method in methods), min(most) if most else None),
         seed=next((method.seed for method in methods if method.seed is not None), None),
         components=None,
+        statistics=informed[0].statistics if informed else None,
     )
 
 
