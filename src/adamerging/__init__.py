@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
     from .serving import MergedModel, export, load
+    from .sharing.settings import ShareRecipe, load_share_recipe
+    from .sharing.share import ShareResult, share
     from .tasks import (
         Samples,
         Task,
@@ -59,6 +61,10 @@ _HOME = {
     "MergedModel": "serving",
     "export": "serving",
     "load": "serving",
+    "ShareRecipe": "sharing.settings",
+    "load_share_recipe": "sharing.settings",
+    "ShareResult": "sharing.share",
+    "share": "sharing.share",
     "Samples": "tasks",
     "Task": "tasks",
     "embedding_text_task": "tasks",
@@ -81,6 +87,8 @@ __all__ = [
     "PlanError",
     "Recipe",
     "Samples",
+    "ShareRecipe",
+    "ShareResult",
     "Task",
     "UnsafeFileError",
     "UsageError",
@@ -93,10 +101,12 @@ __all__ = [
     "image_task",
     "load",
     "load_recipe",
+    "load_share_recipe",
     "make_plan",
     "merge",
     "module_task",
     "open_weights",
+    "share",
     "text_task",
     "zero_shot_image_task",
 ]

@@ -21,6 +21,7 @@ from .merge import merge
 from .methods import methods
 from .report import report
 from .serving import export, predict
+from .sharing import share
 from .suite import suite
 
 EPILOG = "\n\n".join(
@@ -45,6 +46,7 @@ app.command(epilog=EPILOG)(inspect)
 app.command(epilog=EPILOG)(compare)
 app.command(epilog=EPILOG)(evaluate)
 app.command(epilog=EPILOG)(finetune)
+app.command(epilog=EPILOG)(share)
 app.command(epilog=EPILOG)(suite)
 app.command()(methods)
 app.command()(cache)
