@@ -20,8 +20,6 @@ from finetuning_data import QUICK, Net, write_images
 
 Cli = Callable[..., Any]
 Recipe = Callable[..., Path]
-LAYERS = 14
-"""Of the tiny encoder: two embeddings without the frozen one, two blocks of six, no pooler... told by the test."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +56,7 @@ def found(ended: Any) -> dict[str, Any]:
 def test_tasks_are_trained_once_and_handed_to_the_store(
     cli: Cli, sharing: Recipe, tmp_path: Path, stored: list[dict[str, Any]]
 ) -> None:
-    path = sharing(gates={"penalty": 0.0})
+    path = sharing(gates={"penalty": 0.0}, settings=QUICK)
     first = found(cli("share", path, "--json"))
     assert {name: task["status"] for name, task in first["tasks"].items()} == {
         "colours": "trained", "sizes": "trained",
@@ -122,7 +120,8 @@ def test_without_a_penalty_gated_layers_learn_what_plain_fine_tuning_does(
     for name, delta in task.delta.items():
         torch.testing.assert_close(base[name] + delta, expert[f"bert.{name}"], rtol=1e-3, atol=1e-4)
     for name, value in task.own.items():
-        torch.testing.assert_close(value, expert[f"bert.{name}"], rtol=1e-3, atol=1e-4)
+        if not name.endswith("key.bias"):  # softmax is blind to it: its gradient is rounding alone
+            torch.testing.assert_close(value, expert[f"bert.{name}"], rtol=1e-3, atol=1e-4)
     for name, value in task.head.items():
         torch.testing.assert_close(value, expert[name], rtol=1e-3, atol=1e-4)
 

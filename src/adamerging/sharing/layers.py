@@ -59,11 +59,15 @@ def find_layers(
         UsageError: a pattern that matches no layer, no layer at all, or a weight that several places of the
             model share; all that is wrong in one message.
     """
-    maps = list(gateable(module, head))
+    places = _places(module)
+    maps = {
+        name: [form for place in places[id(module.get_parameter(name))] for form in _forms(place)]
+        for name in gateable(module, head)
+    }
     problems = []
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(matching([pattern], _forms(name)) for name in maps):
+            if all(matching([pattern], forms) is None for forms in maps.values()):
                 names = [name.removesuffix(".weight") for name in maps]
                 near = get_close_matches(pattern, names, n=1, cutoff=0.3)
                 hint = f"; the nearest name is '{near[0]}'" if near else ""
@@ -72,11 +76,9 @@ def find_layers(
                 )
     chosen = [
         name
-        for name in maps
-        if matching(exclude, _forms(name)) is None
-        and (not include or matching(include, _forms(name)) is not None)
+        for name, forms in maps.items()
+        if matching(exclude, forms) is None and (not include or matching(include, forms) is not None)
     ]
-    places = _places(module)
     for name in chosen:
         others = [each for each in places[id(module.get_parameter(name))] if each != name]
         if others:

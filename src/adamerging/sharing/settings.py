@@ -21,7 +21,10 @@ class TapsSettings(BaseModel):
     model_config = _STRICT
 
     penalty: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="λ: the loss grows by λ times the layers' mean |score|."
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="λ: the loss grows by λ times the layers' mean |score|. At 0 every layer stays open.",
     )
     count: Literal["layers", "parameters"] = Field(
         "layers", description="Every layer counts alike (the paper), or by its number of parameters."
@@ -32,8 +35,15 @@ class TapsSettings(BaseModel):
         lt=1,
         description="Share of the steps before the penalty begins; the paper: 1 in 15.",
     )
-    score_lr: float = Field(2e-3, gt=0, description="Peak learning rate of the scores.")
-    threshold: float = Field(0.1, gt=0, description="τ: a layer is a task's own where its score reaches it.")
+    score_lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate of the scores. Unset: 1 / steps, with which a score can travel by "
+        "0.5 in a training of any length.",
+    )
+    threshold: float = Field(
+        0.1, gt=0, description="τ: a layer is a task's own where its score is that high."
+    )
     initial: float = Field(0.15, description="Score that every layer starts with.")
     include: list[str] = Field([], description="Gate only layers whose name matches one of these patterns.")
     exclude: list[str] = Field([], description="Layers matching one of these patterns stay the base's.")

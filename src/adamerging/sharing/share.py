@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -215,7 +216,7 @@ class _Waiting:
         train(
             lambda: [self.part.learner(self.settings)], [self.expert], self.settings, device=recipe.device,
             overwrite=self.expert.out.exists(),
-            dress=lambda learner: gated(learner, self.gates, self.part.base),
+            dress=lambda learner: gated(learner, self.gates, self.part.base, self.settings),
             say=lambda line: say(name, line), on_step=lambda step, total: on_step(name, step, total),
         )  # fmt: skip
         return self.outcome("trained")
@@ -239,10 +240,11 @@ def _waiting(part: Part, penalty: float, recipe: ShareRecipe, work: Path, *, fre
     return _Waiting(part, gates, settings, expert, done)
 
 
-def gated(learner: Learner, settings: TapsSettings, base: Weights) -> Learner:
+def gated(learner: Learner, settings: TapsSettings, base: Weights, training: FinetuneSettings) -> Learner:
     """A learner whose layers are gated, and that is saved as what its task adds to the base."""
     in_base = names_in_base(learner.module, base)
-    gates = gate_layers(learner.module, settings, head=learner.head)
+    steps = round(training.epochs * math.ceil(len(learner.train) / training.batch_size))
+    gates = gate_layers(learner.module, settings, head=learner.head, steps=steps)
     learner.save = saver(learner, gates, in_base)
     learner.aim = gates
     return learner
@@ -255,7 +257,7 @@ def _check_gates(part: Part, recipe: ShareRecipe) -> None:
         learner = part.learner(settings)
         prepare_learner(learner, settings, cpu)
         try:
-            gated(learner, recipe.gates, part.base)
+            gated(learner, recipe.gates, part.base, settings)
         except UsageError as error:
             raise UsageError(f"task '{part.name}': {error}") from None
 

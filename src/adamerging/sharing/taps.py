@@ -69,7 +69,9 @@ class Gates:
         rates: learning rate of each score, by the parameter's name.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[Layer], settings: TapsSettings) -> None:
+    def __init__(
+        self, module: nn.Module, layers: Sequence[Layer], settings: TapsSettings, steps: int
+    ) -> None:
         self.module = module
         self.layers = tuple(layers)
         self.settings = settings
@@ -78,6 +80,7 @@ class Gates:
         for layer in layers:
             weight = module.get_parameter(layer.weight)
             score = nn.Parameter(torch.tensor(settings.initial, device=weight.device))
+            score.requires_grad_(settings.penalty > 0)  # at no price a gate has no reason to close
             for name in (layer.weight, *(layer.small if settings.small == "gate" else ())):
                 self._gates[name] = _gate(module, name, score, settings.threshold)
             if settings.small == "gate":
@@ -86,7 +89,8 @@ class Gates:
                     self._statistics[path] = TiedStatistics(norm, self._gates[layer.weight])
         names = {id(p): name for name, p in module.named_parameters()}
         self._scores = [self._gates[layer.weight].score for layer in layers]
-        self.rates: Mapping[str, float] = {names[id(s)]: settings.score_lr for s in self._scores}
+        rate = settings.score_lr or 1 / max(1, steps)
+        self.rates: Mapping[str, float] = {names[id(score)]: rate for score in self._scores}
         sizes = torch.tensor([float(self._gates[layer.weight].delta.numel()) for layer in layers])
         equal = torch.full_like(sizes, 1 / len(sizes))
         self._sizes = sizes
@@ -176,7 +180,11 @@ class TiedStatistics:
 
 
 def gate_layers(
-    module: nn.Module, settings: TapsSettings | None = None, *, head: Collection[str] = ()
+    module: nn.Module,
+    settings: TapsSettings | None = None,
+    *,
+    head: Collection[str] = (),
+    steps: int = 1000,
 ) -> Gates:
     """Give every linear, convolution and embedding map of a model a gate.
 
@@ -185,12 +193,14 @@ def gate_layers(
     learning as they did, or follow a gate (`TapsSettings.small`). `Gates.unwrap` makes it an ordinary module
     again.
 
-    At the first step δ = 0, so the score has no gradient but the penalty's.
+    At the first step δ = 0, so the score has no gradient but the penalty's. At penalty 0 the scores stand
+    still: every layer stays open, which is fine-tuning kept as changes.
 
     Args:
         module: any module; parameters that do not require gradients stay as they are.
         settings: threshold, first score, which layers.
         head: names of parameters that are new in this task; they are never gated.
+        steps: of the training, for the rate of the scores.
 
     Raises:
         UsageError: see `find_layers`.
@@ -202,7 +212,7 @@ def gate_layers(
         kept |= dict(norms_and_biases(module, head)).keys() - {n for layer in layers for n in layer.small}
     for name in kept:
         module.get_parameter(name).requires_grad_(False)
-    return Gates(module, layers, settings)
+    return Gates(module, layers, settings, steps)
 
 
 def _gate(module: nn.Module, name: str, score: nn.Parameter, threshold: float) -> Gate:
