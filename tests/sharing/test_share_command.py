@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -319,3 +321,29 @@ def test_a_table_is_printed(cli: Cli, sharing: Recipe) -> None:
     assert done.code == 0, done.err
     assert "Accuracy against parameters" in done.out and "stored" in done.out
     assert "sizes, penalty 100: epoch 1.00" in done.err
+
+
+KILLED = """
+import os, signal, sys
+import adamerging as am
+
+def on_step(task, step, total):
+    if task == "sizes" and step == total - 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+am.share(am.load_share_recipe(sys.argv[1]), on_step=on_step)
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(cli: Cli, sharing: Recipe, tmp_path: Path) -> None:
+    path = sharing(threads=1)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    work = tmp_path / "shared.tasks"
+    assert (work / "colours" / "penalty-1" / "finetune.json").is_file()
+    assert not (work / "sizes" / "penalty-1").exists() and not (tmp_path / "shared").exists()
+    rest = found(cli("share", path, "--json"))
+    assert [trial["status"] for trial in rest["trials"]] == ["kept", "trained"]
+    assert cli("share", path, "--out", tmp_path / "whole").code == 0
+    for name in ("colours", "sizes"):
+        assert same(work / name / "penalty-1", tmp_path / "whole.tasks" / name / "penalty-1")
