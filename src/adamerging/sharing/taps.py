@@ -88,7 +88,7 @@ class Gates:
                     norm = module.get_submodule(path)
                     self._statistics[path] = TiedStatistics(norm, self._gates[layer.weight])
         names = {id(p): name for name, p in module.named_parameters()}
-        self._scores = [self._gates[layer.weight].score for layer in layers]
+        self._scores: list[Tensor] = [self._gates[layer.weight].score for layer in layers]
         rate = settings.score_lr or 1 / max(1, steps)
         self.rates: Mapping[str, float] = {names[id(score)]: rate for score in self._scores}
         sizes = torch.tensor([float(self._gates[layer.weight].delta.numel()) for layer in layers])
