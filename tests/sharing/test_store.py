@@ -214,7 +214,9 @@ def test_a_store_that_was_not_finished_is_no_store(root: Path, tmp_path: Path, c
     assert am.load(tmp_path / "half").tasks == ("mood",)
 
 
-def test_tasks_that_do_not_fit_the_base_are_refused_with_all_that_is_wrong(root: Path, tmp_path: Path) -> None:
+def test_tasks_that_do_not_fit_the_base_are_refused_with_all_that_is_wrong(
+    root: Path, tmp_path: Path
+) -> None:
     task = SharedTask(
         "odd",
         {"no.such.weight": torch.zeros(2), QUERY: torch.zeros(2, 2), NORM: torch.full((16,), torch.nan)},

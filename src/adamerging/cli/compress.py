@@ -23,8 +23,8 @@ Threshold = Annotated[
     typer.Option(
         "--threshold",
         metavar="SCORE",
-        help="Keep layers whose change is at least this share of the base's norm (with --learn: gates at least "
-        "so likely open).",
+        help="Keep layers whose change is at least this share of the base's norm (with --learn: whose gate "
+        "is at least so likely open).",
         rich_help_panel=_RULE,
     ),
 ]
@@ -45,7 +45,7 @@ Within = Annotated[
     typer.Option(
         "--within",
         metavar="POINTS",
-        help="Keep the fewest layers that lose at most so many points of accuracy on the labelled data given by "
+        help="Keep the fewest layers that lose at most so many points of accuracy on labelled data, given by "
         "--data or by the recipe's adapt.",
         rich_help_panel=_RULE,
     ),
@@ -172,8 +172,10 @@ def _print(made: Compressed, as_json: bool) -> None:
         console.print()
         console.print(show.table("Accuracy on the data that chose", columns, rows))
     if made.learned:
-        rows = [(name, f"{own.agreement:.1%}", f"{own.divergence:.4f}") for name, own in made.learned.items()]
+        gates = [
+            (name, f"{own.agreement:.1%}", f"{own.divergence:.4f}") for name, own in made.learned.items()
+        ]
         console.print()
         columns = ["task", ">same class as the expert", ">KL, nats"]
-        console.print(show.table("Open gates on held-out data", columns, rows))
+        console.print(show.table("Open gates on held-out data", columns, gates))
     console.print(f"\n{made.store.folder}")

@@ -69,8 +69,9 @@ def say_map(found: LayerMap) -> None:
     console.print(show.table("", columns, rows))
     gone = len(found.shared_by_all)
     console.print(
-        f"\n{len(found.tasks)} tasks over a base of {show.count(found.base)} parameters: {found.multiple:.3f} times "
-        f"one model; {gone} of {len(found.layers)} layers are the base's in every task"
+        f"\n{len(found.tasks)} tasks over a base of {show.count(found.base)} parameters: "
+        f"{found.multiple:.3f} times one model; "
+        f"{gone} of {len(found.layers)} layers are the base's in every task"
     )
 
 

@@ -28,8 +28,8 @@ class Change:
         name: the base's name.
         parameters: values of the tensor.
         relative: norm of the change by the norm of the base's tensor (the norm itself where that is zero).
-        gated: a matrix, kernel or table that a store may leave out; what is not (norms, biases, statistics) is
-            small, and is always kept.
+        gated: a matrix, kernel or table that a store may leave out; what is not (norms, biases, statistics)
+            is small, and is always kept.
     """
 
     name: str
@@ -94,8 +94,8 @@ def within_budget(
     """
     if fixed > budget * one:
         raise UsageError(
-            f"budget (={budget:g}) is too small: base, heads, norms and biases alone take {fixed / one:.3f} times "
-            "the base's parameters"
+            f"budget (={budget:g}) is too small: base, heads, norms and biases alone take {fixed / one:.3f} "
+            "times the base's parameters"
         )
     sizes = {(task, change.name): change.parameters for task, own in changes.items() for change in own}
     room = budget * one - fixed

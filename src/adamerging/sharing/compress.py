@@ -33,7 +33,7 @@ from .changes import (
 from .content import Content, in_memory
 from .gates import GateSettings, Learned, learn_gates
 from .layer_map import LayerMap, layer_map
-from .store import add_content, write_contents
+from .store import add_content, already_there, write_contents
 from .trial import Found, Trials, require_labels
 
 Say = Callable[[str], None]
@@ -157,10 +157,7 @@ def add_expert(
     """
     opened = open_store(store)
     if name in opened.index.tasks:
-        raise UsageError(
-            f"{opened.folder} has a task '{name}' already; remove it first (adamerging store remove "
-            f"{opened.folder} {name}), or give this one another name"
-        )
+        raise already_there(opened.folder, name)
     given = list(tasks)
     chosen = make(CompressSettings, settings, "add")
     prepared = prepare(opened.base, {name: expert}, Settings())

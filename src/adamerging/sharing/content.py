@@ -116,7 +116,7 @@ def scores_by_tensor(base: Weights, scores: Mapping[str, float]) -> dict[str, fl
 
 
 def prefix_of(base: Weights, config: Path | None, head: Sequence[str]) -> str:
-    """What stands before the base's names in the model of a task, told from the class in its configuration."""
+    """What stands before the base's names in the model of a task, told from its class."""
     own = naming.architecture(read_config(config)) if config is not None else None
     if own is None or naming.kind(own) == "unknown" or not head:
         return ""

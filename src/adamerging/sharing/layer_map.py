@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..blocks import places
-from ..weights.shared_store import Store
+from ..weights import Weights
+from ..weights.shared_store import Store, open_store, split_address
 
 SHADES = " ░▒▓█"
 
@@ -18,7 +19,7 @@ class LayerMap:
 
     Attributes:
         tasks: in the store's order.
-        layers: the layers that had a gate in some task, or that some task has of its own, in the base's order.
+        layers: those that had a gate in some task, or that some task has of its own, in the base's order.
         blocks: for each layer the block of the network that it is in; None outside.
         values: ``values[task][layer]``: whether the task has its own.
         scores: the same shape: the layer's score, or None where it had none.
@@ -53,7 +54,7 @@ class LayerMap:
 
     @property
     def shared_by_all(self) -> list[str]:
-        """Layers that no task changed: they are the base's in every task, and a merge has nothing to weigh."""
+        """Layers that no task changed: the base's in every task, so that a merge has nothing to weigh."""
         return [n for i, n in enumerate(self.layers) if not any(own[i] for own in self.values)]
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,9 +73,26 @@ class LayerMap:
         }
 
 
-def layer_map(store: Store) -> LayerMap:
-    """The map of a store, from its index and the header of its base; no tensor is read."""
-    records = store.index.tasks
+def map_of_experts(experts: Mapping[str, Weights]) -> LayerMap | None:
+    """The map of experts that are tasks of one store, under the names they have here; None for others."""
+    found = {name: split_address(weights.label) for name, weights in experts.items()}
+    addresses = {name: address for name, address in found.items() if address is not None}
+    folders = {folder for folder, _ in addresses.values()}
+    if len(addresses) != len(experts) or len(folders) != 1:
+        return None
+    store = open_store(folders.pop(), verify=False)  # it was verified when the experts were opened
+    return layer_map(store, {name: task for name, (_, task) in addresses.items()})
+
+
+def layer_map(store: Store, tasks: Mapping[str, str] | None = None) -> LayerMap:
+    """The map of a store, from its index and the header of its base; no tensor is read.
+
+    Args:
+        store: opened.
+        tasks: some of its tasks, by the names they shall have; all under their own when None.
+    """
+    named = tasks if tasks is not None else {name: name for name in store.index.tasks}
+    records = {name: store.index.tasks[task] for name, task in named.items()}
     known = {name for record in records.values() for name in (*record.layers, *record.scores)}
     layers = [name for name in store.base.specs if name in known]
     where = places(store.base.specs)

@@ -126,10 +126,7 @@ def add_content(store: Store, content: Content) -> None:
     """Add the content of a task to an opened store. Raises as `add_task`."""
     with _locked(store.folder) as index:
         if content.name in index.tasks:
-            raise UsageError(
-                f"{store.folder} has a task '{content.name}' already; remove it first (adamerging store remove "
-                f"{store.folder} {content.name}), or give this one another name"
-            )
+            raise already_there(store.folder, content.name)
         if index.base.sha256 != store.index.base.sha256:
             raise OutputError(f"{store.folder} was replaced by another store meanwhile; open it again")
         target = store.task_folder(content.name)
@@ -146,6 +143,14 @@ def add_content(store: Store, content: Content) -> None:
             )
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def already_there(folder: Path, name: str) -> UsageError:
+    """The error of a task that is added twice."""
+    return UsageError(
+        f"{folder} has a task '{name}' already; remove it first (adamerging store remove {folder} {name}), "
+        "or give this one another name"
+    )
 
 
 def remove_task(store: str | Path, name: str) -> None:

@@ -50,8 +50,8 @@ class Switch:
         if set(before) != set(after):
             odd = sorted(set(before) ^ set(after))
             raise UsageError(
-                f"tasks '{self.task}' and '{task}' have models of different tensors ({', '.join(odd[:3])}), so one "
-                "module cannot be both; use module(task) of each"
+                f"tasks '{self.task}' and '{task}' have models of different tensors ({', '.join(odd[:3])}), "
+                "so one module cannot be both; use module(task) of each"
             )
         own, copied = _slots(self.module), 0
         for name, (_, _, wanted) in after.items():

@@ -72,7 +72,7 @@ class Trials:
         self._open = set(self._gated)
 
     def accuracy(self, layers: Iterable[str]) -> float:
-        """Share of the judging samples that are right with these layers the expert's, the others the base's."""
+        """Share of the judging samples that are right with these layers the expert's, others the base's."""
         wanted, entries = set(layers), self._vectors.plan.entries
         with torch.no_grad():
             for name in wanted ^ self._open:
@@ -125,7 +125,7 @@ def require_labels(task: Task) -> Samples:
     """
     if task.adapt is None or task.adapt.labels is None:
         raise UsageError(
-            f"task '{task.name}' has no labelled data to choose layers by; give labelled validation data under "
-            "adapt (--data NAME=FILE), which is not what it will be scored on"
+            f"task '{task.name}' has no labelled data to choose layers by; give labelled validation data "
+            "under adapt (--data NAME=FILE), which is not what it will be scored on"
         )
     return task.adapt

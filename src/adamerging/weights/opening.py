@@ -62,7 +62,8 @@ def open_weights(source: Source, *, base: Weights | None = None, revision: str |
     Args:
         source: a path to a safetensors or torch file, to an index of shards, to a Hugging Face folder or to a
             PEFT LoRA adapter; a task of a store, ``store#task``; a hub id ``org/name`` or
-            ``org/name@revision``; a dict of tensors; an ``nn.Module``; weights that are open already. A path that exists wins over a hub id.
+            ``org/name@revision``; a dict of tensors; an ``nn.Module``; weights that are open already. A path
+            that exists wins over a hub id.
         base: the weights that an adapter was trained on; from them come the true orientation and shape of the
             tensors that it changes. Other kinds of sources do not need it.
         revision: branch, tag or commit on the hub.

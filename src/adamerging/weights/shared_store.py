@@ -105,8 +105,8 @@ def read_index(folder: Path) -> Index:
         raise WeightsError(f"{folder} is no folder; give the folder of a store")
     if not is_store(folder):
         raise WeightsError(
-            f"{folder} is no store, or was not written to its end: it holds no {INDEX}, which is written last. "
-            "Make it again"
+            f"{folder} is no store, or was not written to its end: it holds no {INDEX}, which is written "
+            "last. Make it again"
         )
     fields = read_json_object(folder / INDEX)
     version = fields.get("format")
@@ -120,14 +120,14 @@ def read_index(folder: Path) -> Index:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise WeightsError(
-            f"{folder / INDEX} is damaged: {where}: {first['msg']}. Restore it from a copy, or make the store "
-            "again"
+            f"{folder / INDEX} is damaged: {where}: {first['msg']}. Restore it from a copy, or make the "
+            "store again"
         ) from None
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store, opened lazily: the base's tensors are views of its mapped file, tasks are opened when asked for.
+    """A store, opened lazily: the base's tensors are views of its mapped file, tasks are opened on demand.
 
     Attributes:
         folder: the folder.
@@ -259,9 +259,9 @@ def open_store(folder: str | Path, *, verify: bool = True) -> Store:
         altered = [file for file in base.files if digest(file) != index.base.sha256]
     if altered or len(base.files) != 1:
         raise WeightsError(
-            f"{path / BASE} is not the base that the tasks of this store were made for: its hash differs from "
-            f"the one in {INDEX} ({index.base.sha256[:12]}…). Tasks are stored as changes of that base alone: "
-            f"restore it (it came from {index.base.source}), or make the store again over the new one"
+            f"{path / BASE} is not the base that the tasks of this store were made for: its hash differs "
+            f"from the one in {INDEX} ({index.base.sha256[:12]}…). Tasks are stored as changes of that base "
+            f"alone: restore it (it came from {index.base.source}), or make the store again over the new one"
         )
     return Store(path, index, base, verify)
 
