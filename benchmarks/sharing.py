@@ -22,8 +22,8 @@ from adamerging.finetuning.loop import _optimizer, _step
 from adamerging.finetuning.run import read_parts
 from adamerging.finetuning.settings import FinetuneSettings, FinetuneTask
 from adamerging.finetuning.train import prepare_learner, seeded
+from adamerging.sharing.run import gated
 from adamerging.sharing.settings import TapsSettings
-from adamerging.sharing.share import gated
 from adamerging.weights import open_weights
 
 

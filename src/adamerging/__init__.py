@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
     from .serving import MergedModel, export, load
+    from .sharing.run import ShareResult, share
     from .sharing.settings import ShareRecipe, load_share_recipe
-    from .sharing.share import ShareResult, share
     from .tasks import (
         Samples,
         Task,
@@ -63,8 +63,8 @@ _HOME = {
     "load": "serving",
     "ShareRecipe": "sharing.settings",
     "load_share_recipe": "sharing.settings",
-    "ShareResult": "sharing.share",
-    "share": "sharing.share",
+    "ShareResult": "sharing.run",
+    "share": "sharing.run",
     "Samples": "tasks",
     "Task": "tasks",
     "embedding_text_task": "tasks",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,25 @@ from safetensors.torch import load_file, save_file
 
 import adamerging as am
 from adamerging.sharing.collect import load_task
+from adamerging.sharing.store import write_store
 from finetuning_data import QUICK, Net, write_images
 
 Cli = Callable[..., Any]
 Recipe = Callable[..., Path]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What was handed to the store."""
+    """What is handed to the store on its way there."""
     calls: list[dict[str, Any]] = []
 
-    def write_store(
-        out: Path, base: str, tasks: Mapping[str, Any], record: Mapping[str, Any], *, overwrite: bool = False
+    def write(
+        out: Path, base: str, tasks: Mapping[str, Any], record: Mapping[str, Any], *, overwrite: bool
     ) -> Path:
         calls.append({"out": out, "base": base, "tasks": tasks, "record": record})
-        return out
+        return write_store(out, base, tasks, record, overwrite=overwrite)
 
-    module = types.ModuleType("adamerging.sharing.store")
-    module.write_store = write_store  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "adamerging.sharing.store", module)
+    monkeypatch.setattr("adamerging.sharing.run.write_store", write)
     return calls
 
 
@@ -347,3 +346,34 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(cli: Cli, sharing: Rec
     assert cli("share", path, "--out", tmp_path / "whole").code == 0
     for name in ("colours", "sizes"):
         assert same(work / name / "penalty-1", tmp_path / "whole.tasks" / name / "penalty-1")
+
+
+def test_the_store_answers_as_the_trained_task_and_a_later_run_adds_to_it(
+    cli: Cli, sharing: Recipe, tmp_path: Path
+) -> None:
+    path = sharing()
+    first = found(cli("share", path, "--tasks", "sizes", "--json"))
+    lines = (tmp_path / "data" / "sizes" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    found_labels = am.load(tmp_path / "shared").predict("sizes", [row["text"] for row in rows])
+    right = sum(each.index == row["label"] for each, row in zip(found_labels, rows, strict=True))
+    assert right / len(rows) == pytest.approx(first["tasks"]["sizes"]["test_accuracy"])
+    second = found(cli("share", path, "--tasks", "colours", "--json"))
+    assert list(second["tasks"]) == ["sizes", "colours"]
+    assert set(am.load(tmp_path / "shared").tasks) == {"sizes", "colours"}
+
+
+def test_a_folder_that_is_no_store_of_such_tasks_is_not_replaced(
+    cli: Cli, sharing: Recipe, tmp_path: Path
+) -> None:
+    path = sharing()
+    (tmp_path / "shared").mkdir()
+    refused = cli("share", path)
+    assert refused.code == 6 and "is no store" in refused.err and not (tmp_path / "shared.tasks").exists()
+    (tmp_path / "shared").rmdir()
+    assert cli("share", path, "--tasks", "sizes").code == 0
+    shutil.rmtree(tmp_path / "shared.tasks")
+    refused = cli("share", path, "--tasks", "colours")
+    assert refused.code == 6 and "the tasks sizes" in refused.err and "--overwrite" in refused.err
+    assert cli("share", path, "--tasks", "colours", "--overwrite").code == 0
+    assert am.load(tmp_path / "shared").tasks == ("colours",)

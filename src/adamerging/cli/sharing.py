@@ -11,8 +11,8 @@ from . import finetuning, flags, show
 from .failing import guard
 
 if TYPE_CHECKING:
+    from ..sharing.run import ShareResult, Trial
     from ..sharing.settings import ShareRecipe
-    from ..sharing.share import ShareResult, Trial
 
 
 @guard()
@@ -60,7 +60,7 @@ def share(
 
 def run(recipe: ShareRecipe, *, dry_run: bool = False) -> ShareResult:
     """Run a recipe with progress on standard error."""
-    from ..sharing.share import share as share_all
+    from ..sharing.run import share as share_all
 
     with finetuning.progress() as (say, on_step):
         return share_all(recipe, dry_run=dry_run, say=say, on_step=on_step)

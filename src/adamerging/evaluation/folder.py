@@ -20,6 +20,7 @@ from ..tasks.spec import TaskSpec
 from ..tasks.task import Task
 from ..validation import make
 from ..weights import Weights, open_weights
+from ..weights.shared_store import is_store
 from .bench import first
 from .cache import Result, find, fingerprint, keep, result_key
 from .inference import Feed, logits_from
@@ -54,7 +55,7 @@ def evaluate(
     """Score a folder on tasks with labelled data.
 
     Args:
-        folder: that a merge wrote (heads lie in it), an expert's, or any classifier of transformers.
+        folder: that a merge wrote (heads lie in it), a store, an expert's, or any classifier of transformers.
         tasks: by name the labelled data, or the keys of a task of a recipe (`tasks.spec.TaskSpec`).
         base: the base of a LoRA adapter; other folders need none.
         limit: score on the first so many samples of each task.
@@ -116,7 +117,9 @@ def _open(path: Path, base: Any) -> _Opened:
 
 
 def _was_merged(path: Path) -> bool:
-    """Whether a merge wrote the folder: it has a record, and is no export of one task."""
+    """Whether a merge wrote the folder (it has a record, and is no export of one task), or it is a store."""
+    if is_store(path):
+        return True
     record = path / RECORD
     if not record.is_file():
         return False

@@ -8,26 +8,26 @@ from ..lazy import names_from
 
 if TYPE_CHECKING:
     from .layers import Layer, find_layers
+    from .run import FrontierPoint, ShareResult, Trial, share
     from .settings import ShareRecipe, SweepSettings, TapsSettings, load_share_recipe
-    from .share import FrontierPoint, ShareResult, Trial, share
     from .shared_task import SharedTask
     from .taps import Gate, Gates, gate_layers
 
 _HOME = {
-    "FrontierPoint": "share",
+    "FrontierPoint": "run",
     "Gate": "taps",
     "TapsSettings": "settings",
     "Gates": "taps",
     "Layer": "layers",
     "ShareRecipe": "settings",
-    "ShareResult": "share",
+    "ShareResult": "run",
     "SharedTask": "shared_task",
     "SweepSettings": "settings",
-    "Trial": "share",
+    "Trial": "run",
     "find_layers": "layers",
     "gate_layers": "taps",
     "load_share_recipe": "settings",
-    "share": "share",
+    "share": "run",
 }
 
 __all__ = [

@@ -38,8 +38,8 @@ class TapsSettings(BaseModel):
     score_lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of the scores. Unset: 1 / steps, with which a score can travel "
-        "by 0.5 in a training of any length.",
+        description="Peak learning rate of the scores. Unset: 1 / steps, so that a score can travel by "
+        "0.5 in a training of any length.",
     )
     threshold: float = Field(
         0.1, gt=0, description="τ: a layer is a task's own where its score is that high."
@@ -49,7 +49,7 @@ class TapsSettings(BaseModel):
     exclude: list[str] = Field([], description="Layers matching one of these patterns stay the base's.")
     small: Literal["task", "gate"] = Field(
         "task",
-        description="Biases, norms and BatchNorm statistics: each task's own, or tied to the gate of a layer.",
+        description="Biases, norms and BatchNorm statistics: each task's own, or tied to a layer's gate.",
     )
 
     @model_validator(mode="after")

@@ -10,17 +10,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..finetuning.learner import Learner
 from ..finetuning.record import read_record
 from ..finetuning.run import Job, OnStep, Part, Say, is_done, make_job, read_parts, run_job, torch_threads
 from ..finetuning.settings import FinetuneSettings
 from ..finetuning.train import Expert, identify, prepare_learner, seeded, train, where
 from ..weights import Weights, open_weights
+from ..weights.shared_store import is_store, read_index
 from .collect import FIGURES, load_task, names_in_base, saver
 from .joint import joint_base
 from .settings import JOINT, ShareRecipe, TapsSettings
 from .shared_task import SharedTask
+from .store import write_store
 from .taps import gate_layers
 
 Status = Literal["to train", "trained", "kept"]
@@ -80,7 +82,8 @@ class ShareResult:
         base: the base that the tasks share: as given to `open_weights`.
         base_parameters: its number of values.
         trials: every task with every penalty, in the recipe's order; none of them trained in a dry run.
-        chosen: the trial of each task that is stored; empty in a dry run.
+        chosen: the trial of each task of the recipe that is stored; empty in a dry run.
+        others: tasks that the store has from earlier runs, and keeps.
     """
 
     out: Path
@@ -88,11 +91,12 @@ class ShareResult:
     base_parameters: int
     trials: Sequence[Trial]
     chosen: Mapping[str, Trial]
+    others: Mapping[str, Trial] = field(default_factory=dict)
 
     @cached_property
     def tasks(self) -> dict[str, SharedTask]:
         """The stored tasks, their tensors memory-mapped."""
-        return {name: load_task(trial.folder) for name, trial in self.chosen.items()}
+        return {name: load_task(trial.folder) for name, trial in {**self.others, **self.chosen}.items()}
 
     @cached_property
     def frontier(self) -> list[FrontierPoint]:
@@ -112,7 +116,7 @@ class ShareResult:
             "kind": "share",
             "base": self.base,
             "base_parameters": self.base_parameters,
-            "tasks": {name: _plain(trial) for name, trial in self.chosen.items()},
+            "tasks": {name: _plain(trial) for name, trial in {**self.others, **self.chosen}.items()},
             "trials": [_plain(trial) for trial in self.trials],
             "frontier": [vars(point) for point in self.frontier],
         }
@@ -176,10 +180,11 @@ def share(
             for part in parts
             for penalty in recipe.penalties()
         ]
+        others = _others(out, work, parts[0], recipe)
         trials = [each.outcome("to train") if dry_run else each.run(recipe, say, on_step) for each in waiting]
     chosen = {} if dry_run else {part.name: _choose(part.name, trials, recipe.tolerance) for part in parts}
     size = sum(spec.numel for spec in parts[0].base.specs.values())
-    result = ShareResult(out, source, size, trials, chosen)
+    result = ShareResult(out, source, size, trials, chosen, others)
     for name, trial in chosen.items():
         if not trial.figures["open"]:
             say(name, _nothing_open(trial))
@@ -189,10 +194,47 @@ def share(
 
 
 def save(result: ShareResult, out: Path) -> None:
-    """Write the store of the chosen trials."""
-    from .store import write_store
+    """Write the store of the chosen trials, unless it is there already."""
+    record = json.loads(json.dumps(result.record(), default=str))
+    if is_store(out) and _keys(read_index(out).record) == _keys(record):
+        return
+    write_store(out, result.base, result.tasks, record, overwrite=True)
 
-    write_store(out, result.base, result.tasks, result.record())
+
+def _keys(record: Mapping[str, Any]) -> dict[str, str]:
+    """What identifies the training of each task of a store."""
+    return {name: task.get("key") for name, task in record.get("tasks", {}).items()}
+
+
+def _others(out: Path, work: Path, part: Part, recipe: ShareRecipe) -> dict[str, Trial]:
+    """The tasks that the store has beside the recipe's, from earlier runs over the same base.
+
+    Raises:
+        OutputError: ``out`` is something else, or has tasks that no training is left of, and may not be
+            replaced.
+    """
+    if not out.exists():
+        return {}
+    if not is_store(out):
+        raise OutputError(f"{out} exists and is no store; choose another --out, or remove it")
+    found = read_index(out).record.get("tasks", {}) if not recipe.overwrite else {}
+    others, lost = {}, []
+    for name, task in found.items():
+        folder = work / name / f"penalty-{task.get('penalty', 0):g}"
+        record = read_record(folder) or {}
+        if name in recipe.tasks:
+            continue
+        if record.get("key") == task.get("key") and record["settings"]["base"] == part.base_digest:
+            others[name] = Trial(name, task["penalty"], folder, "kept", record, _read_figures(folder))
+        else:
+            lost.append(name)
+    if lost or (not found and not recipe.overwrite):
+        which = f"the tasks {', '.join(lost)}" if lost else "tasks"
+        raise OutputError(
+            f"{out} has {which} of another base, or of which {work} holds no training; they would be lost. "
+            "Choose another --out, or pass --overwrite to replace the store"
+        )
+    return others
 
 
 @dataclass(frozen=True)
