@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
     from .serving import MergedModel, export, load, load_module
+    from .sharing.run import ShareResult, share
+    from .sharing.settings import ShareRecipe, load_share_recipe
     from .tasks import (
         Samples,
         Task,
@@ -60,6 +62,10 @@ _HOME = {
     "export": "serving",
     "load": "serving",
     "load_module": "serving",
+    "ShareRecipe": "sharing.settings",
+    "load_share_recipe": "sharing.settings",
+    "ShareResult": "sharing.run",
+    "share": "sharing.run",
     "Samples": "tasks",
     "Task": "tasks",
     "embedding_text_task": "tasks",
@@ -82,6 +88,8 @@ __all__ = [
     "PlanError",
     "Recipe",
     "Samples",
+    "ShareRecipe",
+    "ShareResult",
     "Task",
     "UnsafeFileError",
     "UsageError",
@@ -95,10 +103,12 @@ __all__ = [
     "load",
     "load_module",
     "load_recipe",
+    "load_share_recipe",
     "make_plan",
     "merge",
     "module_task",
     "open_weights",
+    "share",
     "text_task",
     "zero_shot_image_task",
 ]

@@ -273,6 +273,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def local(recipe: Path, value: str) -> str:
     """A path that exists beside the recipe, else the value itself (a hub id, or a path to be reported)."""
     candidate = recipe.parent / value
+    if "#" in value and not candidate.exists() and (recipe.parent / value.rpartition("#")[0]).exists():
+        return str(candidate)  # a task of a store
     looks_local = value.startswith((".", "/", "~")) or value.endswith("/") or value.count("/") != 1
     return str(candidate) if candidate.exists() or (looks_local and not Path(value).is_absolute()) else value
 

@@ -174,7 +174,7 @@ def prepare(
         notes: what a reader of the plan should know besides its own.
     """
     method = chain([make_method(name, options) for name, options in settings.chain()])
-    _check_task_names(experts)
+    check_task_names(experts)
     _check_tokenizer(settings.tokenizer, experts)
     opened_base = open_weights(base)
     opened = {task: open_weights(source, base=opened_base) for task, source in experts.items()}
@@ -314,7 +314,7 @@ def _in_memory(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, dict[st
     }
     body |= {alias: body[name] for alias, name in prepared.plan.aliases.items()}
     return {name: body[name] for name in sorted(body)}, {
-        task: _head(prepared, task) for task in prepared.plan.heads
+        task: head_of(prepared, task) for task in prepared.plan.heads
     }
 
 
@@ -333,8 +333,8 @@ def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Worke
     fill(tensors, pipeline, prepared.plan.entries, **keywords)
 
 
-def _head(prepared: Prepared, task: str) -> dict[str, Tensor]:
-    """The tensors kept for one task, as in its expert."""
+def head_of(prepared: Prepared, task: str) -> dict[str, Tensor]:
+    """The tensors kept for one task, by the names and with the values of its expert."""
     vectors = prepared.vectors
     expert, prefixes = vectors.experts[task], prepared.plan.prefixes[task]
     head = {}
@@ -356,7 +356,7 @@ def write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
     hashes = {}
     for task in prepared.plan.heads:
         expert = prepared.vectors.experts[task]
-        tensors = _head(prepared, task)
+        tensors = head_of(prepared, task)
         if tensors:
             name = f"heads/{task}/head.safetensors"
             (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -416,7 +416,12 @@ def write_companions(prepared: Prepared, folder: OutputFolder) -> None:
         folder.write_text("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _check_task_names(experts: Mapping[str, Any]) -> None:
+def check_task_names(experts: Mapping[str, Any]) -> None:
+    """Refuse names that cannot be those of folders.
+
+    Raises:
+        UsageError: no names at all, or some that cannot; all are listed.
+    """
     if not experts:
         raise UsageError("no experts: give at least one, as name=path")
     bad = [

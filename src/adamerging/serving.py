@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from .output.companions import companions
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import write_tensors
 from .tasks.data import DataKind, Fields, check_inputs, read_samples
-from .tasks.huggingface import PART, quiet
+from .tasks.huggingface import quiet
 from .tasks.image_classification import image_task
 from .tasks.labels import class_names
 from .tasks.module import module_task
@@ -28,6 +28,8 @@ from .tasks.task import Samples, Task
 from .tasks.text_classification import embedding_text_task, read_head, text_task
 from .tasks.zero_shot_image import zero_shot_image_task
 from .weights import Weights, open_weights
+from .weights.shared_store import is_store, open_store
+from .weights.source import PART
 
 if TYPE_CHECKING:
     from .routing.routes import Routes
@@ -103,6 +105,10 @@ class MergedModel:
         self._routes: Routes | TwinRoutes | None = None
         self._ready: dict[str, _Ready] = {}
 
+    def task(self, name: str) -> nn.Module:
+        """The model of one task, ready to run: `module` by another name."""
+        return self.module(name)
+
     def module(self, task: str) -> nn.Module:
         """The model of one task in evaluation mode. All tasks' modules hold the same body tensors.
 
@@ -122,11 +128,13 @@ class MergedModel:
         """What a task's inputs are. Raises as `module`."""
         return self._get(task).kind
 
-    def predict(self, task: str, inputs: Sequence[Any], *, batch_size: int = 32) -> list[Prediction]:
+    def predict(
+        self, task: str | Sequence[str], inputs: Sequence[Any], *, batch_size: int = 32
+    ) -> list[Prediction]:
         """Predictions for inputs, in their order.
 
         Args:
-            task: name of the task.
+            task: name of the task; or one name an input, for a batch of several tasks.
             inputs: texts (or pairs of texts), images, or arrays, as the task was adapted to.
             batch_size: inputs a forward pass.
 
@@ -135,6 +143,8 @@ class MergedModel:
         """
         if isinstance(inputs, str):
             raise UsageError("inputs is one text; give a list of texts: [text]")
+        if not isinstance(task, str):
+            return self._predict_mixed(list(task), list(inputs), batch_size)
         ready = self._get(task)
         items = list(inputs)
         if not items:
@@ -177,6 +187,22 @@ class MergedModel:
                 found.append(dict(zip(self._routes.tasks, row, strict=True)))
         return found
 
+    def _predict_mixed(
+        self, tasks: Sequence[str], inputs: Sequence[Any], batch_size: int
+    ) -> list[Prediction]:
+        """Inputs of several tasks: those of one task go through its model together."""
+        if len(tasks) != len(inputs):
+            raise UsageError(f"{len(tasks)} names of tasks for {len(inputs)} inputs; give one for each")
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(tasks):
+            self._check(name)  # of all, before any is computed
+            rows.setdefault(name, []).append(row)
+        found: dict[int, Prediction] = {}
+        for name, own in rows.items():
+            said = self.predict(name, [inputs[row] for row in own], batch_size=batch_size)
+            found.update(zip(own, said, strict=True))
+        return [found[row] for row in range(len(inputs))]
+
     def stored(self, task: str) -> dict[str, Tensor]:
         """A task's tensors by the names and in the dtypes of the files they come from, tied ones once.
 
@@ -186,14 +212,15 @@ class MergedModel:
         prefix = f"{getattr(self.module(task), 'base_model_prefix', '')}."
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
+        body = self._body_of(task)
         for name, tensor in self.module(task).state_dict().items():
             if tensor.data_ptr() in seen and tensor.numel():
                 continue
             seen.add(tensor.data_ptr())
             specs = [
                 part.specs.get(name),
-                self._body.specs.get(name),
-                self._body.specs.get(name.removeprefix(prefix)),
+                body.specs.get(name),
+                body.specs.get(name.removeprefix(prefix)),
             ]
             spec = next((found for found in specs if found is not None), None)
             tensors[name] = tensor if spec is None else tensor.to(spec.dtype)
@@ -210,7 +237,7 @@ class MergedModel:
         kind = stated.get("kind") or self._kind(task, part)
         known = {"kind": kind, "max_length": stated.get("max_length")}
         if kind in ("text_embedding", "image_zero_shot"):
-            known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
+            known["head"] = str(self._fixed_head(task))
         return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
     def complete(self, task: str, module: nn.Module) -> None:
@@ -261,19 +288,19 @@ class MergedModel:
         if kind == "text":
             task = text_task(name, max_length=length)
         elif kind == "text_embedding":
-            path = self.folder / "heads" / f"{name}.safetensors"
+            path = self._fixed_head(name)
             task = embedding_text_task(name, max_length=length, head=path)
             names = read_head(path)[1]
         elif kind == "image":
             task = image_task(name)
         elif kind == "image_zero_shot":
-            path = self.folder / "heads" / f"{name}.safetensors"
+            path = self._fixed_head(name)
             task = zero_shot_image_task(name, head=path)
             names = read_head(path)[1]
         else:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
         module = task.skeleton(part, self._body_of(name))
-        self._share(module, part)
+        self._share(module, name, part)
         self.complete(name, module)
         return _Ready(task, kind, module.to(self.device), names)
 
@@ -282,6 +309,24 @@ class MergedModel:
         if "masks" not in self.record:
             return self._body
         return restored(self.folder, self._body, self.record["masks"], name)
+
+    def _own_of(self, name: str) -> frozenset[str]:
+        """Tensors of the body that a task has values of its own of."""
+        del name
+        return self._own
+
+    def _fixed_head(self, name: str) -> Path:
+        """Where a task's head lies that is outside its module, if it has one."""
+        return self.folder / "heads" / f"{name}.safetensors"
+
+    def _first(self, stored: str, tensor: Tensor) -> Tensor:
+        """The tensor of the body that all modules hold: the first one's."""
+        return self._shared.setdefault(stored, tensor)
+
+    def small_files(self, task: str) -> Iterator[tuple[Path, str]]:
+        """Configuration and tokenizer files that belong to a task's model, with their names in its folder."""
+        del task
+        return companions(self.folder)
 
     def _part(self, name: str) -> Weights:
         """What a task has of its own: its head, and its configuration."""
@@ -299,7 +344,7 @@ class MergedModel:
     def _kind(self, name: str, part: Weights) -> Kind:
         if self._model is not None:
             return "module"
-        if (self.folder / "heads" / f"{name}.safetensors").is_file():
+        if self._fixed_head(name).is_file():
             clip = (self._body.config or {}).get("model_type") == "clip"
             return "image_zero_shot" if clip else "text_embedding"
         return "module" if self._body.config is None else guess_kind(name, part, self._body)
@@ -313,15 +358,16 @@ class MergedModel:
             )
         return self._model
 
-    def _share(self, module: nn.Module, part: Weights) -> None:
+    def _share(self, module: nn.Module, task: str, part: Weights) -> None:
         """Replace the body's tensors in a module by those of the modules before it."""
+        kept = self._own_of(task)
         prefix = f"{getattr(module, 'base_model_prefix', '')}."
         replaced: dict[int, Tensor] = {}
         for name, tensor in module.state_dict(keep_vars=True).items():
             names = (name, name.removeprefix(prefix))
             stored = next((self._body.aliases.get(n, n) for n in names if self._has(n)), None)
-            if name not in part.specs and stored is not None and stored not in self._own:
-                first = self._shared.setdefault(stored, tensor)
+            if name not in part.specs and stored is not None and stored not in kept:
+                first = self._first(stored, tensor)
                 if first.shape == tensor.shape:
                     replaced[id(tensor)] = first
         for owner in module.modules():
@@ -341,7 +387,7 @@ def load(
     head: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     device: torch.device | str = "cpu",
 ) -> MergedModel:
-    """Open a folder that a merge wrote.
+    """Open a folder that a merge wrote, or a store of tasks over one base.
 
     Args:
         folder: the folder.
@@ -354,6 +400,10 @@ def load(
         WeightsError: not a folder with weights, or it is damaged.
     """
     path = Path(folder).expanduser()
+    if is_store(path):
+        from .sharing.serving import SharedModel
+
+        return SharedModel(open_store(path), model=model, head=head, device=device)
     if not (path / RECORD).is_file():
         raise WeightsError(
             f"{path} was not written by a merge: it has no {RECORD}. Open ordinary models with transformers"
@@ -384,7 +434,7 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
     """Write one task's whole classifier, as plain transformers loads it: body, head, tokenizer.
 
     Args:
-        folder: a folder that a merge wrote.
+        folder: a folder that a merge wrote, or a store.
         task: name of the task.
         out: folder to write.
         overwrite: replace the folder of an earlier export.
@@ -414,7 +464,7 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
         with quiet():
             module.config.architectures = [type(module).__name__]
             module.config.save_pretrained(target.path)
-        for path, name in companions(merged.folder):
+        for path, name in merged.small_files(task):
             if "/" not in name and name not in ("config.json", *_CONFIG_OF_PARTS):
                 target.copy(path, name)
         record = {

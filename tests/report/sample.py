@@ -100,6 +100,7 @@ def make_run(seeds: int = 3, *, complete: bool = True, hard: bool = False, many:
         },
         versions={"adamerging": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0", "python": "3.12.3"},
         geometry=_geometry(rng, tasks),
+        sharing=_sharing(tasks),
         slice=_slice(tasks),
         rows=rows,
     )
@@ -115,6 +116,7 @@ def bare(run: Comparison, *kept: str) -> Comparison:
             if part not in kept:
                 setattr(row, part, nothing)
     run.geometry = run.geometry if "geometry" in kept else None
+    run.sharing = run.sharing if "sharing" in kept else None
     run.slice = run.slice if "slice" in kept else None
     run.planned = len(run.rows) if run.complete else run.planned
     return run
@@ -315,6 +317,19 @@ def _geometry(rng, tasks):
         "norms": (2 + rng.random(size)).tolist(),
         "cosines": cosines.tolist(),
         "sign_conflicts": conflicts.tolist(),
+    }
+
+
+def _sharing(tasks):
+    layers = [f"encoder.layer.{block}.{part}" for block in range(4) for part in ("query", "key", "dense")]
+    return {
+        "tasks": tasks,
+        "layers": layers,
+        "blocks": [f"encoder.layer.{block}" for block in range(4) for _ in range(3)],
+        "values": [[int(n % (k + 2) == 1) for n in range(len(layers))] for k in range(len(tasks))],
+        "base": 1000,
+        "parameters": {task: {"layers": 17 * k + 5, "own": 3, "head": k} for k, task in enumerate(tasks)},
+        "multiple": 1.25,
     }
 
 

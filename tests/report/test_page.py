@@ -72,7 +72,8 @@ def test_the_page_is_whole_in_itself(page: Page) -> None:
 def test_every_section_is_there_and_every_chart_has_its_numbers(run: Run, page: Page) -> None:
     found = sections(View(run))
     assert [section.anchor for section in found] == [
-        "kept", "shift", "unseen", "scale", "convergence", "coefficients", "geometry", "entropy", "confusion",
+        "kept", "shift", "unseen", "scale", "convergence", "coefficients", "geometry", "sharing", "entropy",
+        "confusion",
         "surface", "cost", "again",
     ]  # fmt: skip
     for section in found:
@@ -92,6 +93,8 @@ def test_the_tables_hold_the_numbers_of_the_records(run: Run, page: Page) -> Non
     coefficients = next(r for r in run.rows if r.label == "agreement").coefficients
     assert {value for own in coefficients["values"] for value in own} <= values
     assert {value for own in run.comparison.geometry["cosines"] for value in own if value < 1} <= values
+    shared = run.comparison.sharing["parameters"]
+    assert {sum(own.values()) for own in shared.values()} <= values
     assert {value for own in run.comparison.slice["loss"] for value in own} <= values
     assert {row.seconds for row in run.rows if row.seconds} <= values
 
@@ -101,6 +104,8 @@ def test_the_drawings_hold_the_numbers_of_the_records(run: Run, page: Page) -> N
     winner = next(row for row in run.rows if row.label == "agreement" and row.group is None)
     image = next(i for axes in figures["coefficients-1"].axes for i in axes.images)
     assert image.get_array().tolist() == winner.coefficients["values"]
+    shares = figures["sharing"].axes[0].images[0].get_array().tolist()
+    assert shares == run.comparison.sharing["values"]
     view = View(run)
     dots = [line for line in figures["kept"].axes[0].lines if (line.get_gid() or "").startswith("kept")]
     kept = sorted(line.kept(view.tasks).mean for line in view.lines if line.kind != "expert")
@@ -159,7 +164,9 @@ def test_nothing_is_drawn_that_is_not_in_the_records() -> None:
 
 def test_a_run_without_any_row_is_a_page_that_says_so() -> None:
     made = make_run(1)
-    empty = made.model_copy(update={"rows": [], "complete": False, "geometry": None, "slice": None})
+    empty = made.model_copy(
+        update={"rows": [], "complete": False, "geometry": None, "sharing": None, "slice": None}
+    )
     page = make_page(Run(empty))
     assert "There is no merged model with scores" in page.html
     assert page.verdict.status[0] == "This run is not finished"

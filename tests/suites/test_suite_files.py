@@ -12,6 +12,7 @@ from adamerging.evaluation.unseen import unseen_spec
 from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe
 from adamerging.methods import methods
 from adamerging.recipe import Recipe, load_recipe, make
+from adamerging.sharing import ShareRecipe
 from adamerging.suites.files import fill, load_suite, names
 
 
@@ -38,6 +39,9 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
         assert Path(finetune.base).exists()
         for task, expert in merge.experts.items():
             assert Path(expert.path) == Path(finetune.out) / task
+    if filled.share is not None:
+        share = make(ShareRecipe, filled.share, "share")
+        assert share.tasks == finetune.tasks and share.settings == finetune.settings
     compare = make(CompareSettings, filled.compare["compare"], "compare")
     for name, spec in compare.unseen.tasks.items() if compare.unseen is not None else ():
         unseen_spec(name, spec)

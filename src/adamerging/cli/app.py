@@ -13,6 +13,7 @@ import typer
 from .. import __version__
 from .cache import cache
 from .compare import compare
+from .compress import compress
 from .evaluate import evaluate
 from .failing import TRACEBACK, guard
 from .finetuning import finetune
@@ -21,6 +22,8 @@ from .merge import merge
 from .methods import methods
 from .report import report
 from .serving import export, predict
+from .sharing import share
+from .store import store
 from .suite import suite
 
 EPILOG = "\n\n".join(
@@ -45,7 +48,10 @@ app.command(epilog=EPILOG)(inspect)
 app.command(epilog=EPILOG)(compare)
 app.command(epilog=EPILOG)(evaluate)
 app.command(epilog=EPILOG)(finetune)
+app.command(epilog=EPILOG)(share)
 app.command(epilog=EPILOG)(suite)
+app.command(epilog=EPILOG)(compress)
+app.add_typer(store)
 app.command()(methods)
 app.command()(cache)
 app.command()(report)

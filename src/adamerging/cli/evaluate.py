@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def evaluate(
     folder: Annotated[
         Path,
-        typer.Argument(help="A folder that a merge wrote, an expert's, or any classifier of transformers."),
+        typer.Argument(
+            help="A folder that a merge wrote, a store, an expert's, or any classifier of transformers."
+        ),
     ],
     recipe: Annotated[
         Path | None,

@@ -70,7 +70,7 @@ def run(recipe: FinetuneRecipe, *, dry_run: bool = False) -> list[Outcome]:
     """Run a recipe with progress on standard error."""
     from ..finetuning.run import finetune as finetune_all
 
-    with _progress() as (say, on_step):
+    with progress() as (say, on_step):
         return finetune_all(recipe, dry_run=dry_run, say=say, on_step=on_step)
 
 
@@ -82,7 +82,7 @@ def print_outcomes(outcomes: Sequence[Outcome], *, dry_run: bool, as_json: bool)
     rows = []
     for outcome in outcomes:
         record = outcome.record
-        scores = [_percent(record.get(key)) for key in ("val_accuracy", "test_accuracy")]
+        scores = [percent(record.get(key)) for key in ("val_accuracy", "test_accuracy")]
         seconds = show.duration(record["seconds"]) if "seconds" in record else ""
         rows.append((outcome.name, outcome.status, *scores, seconds, outcome.out))
     console = show.console()
@@ -99,12 +99,13 @@ def plain(outcome: Outcome) -> dict[str, Any]:
     return {"task": outcome.name, "status": outcome.status, "out": str(outcome.out), **found}
 
 
-def _percent(share: Any) -> str:
+def percent(share: Any) -> str:
+    """A share of one in percent; nothing where there is none."""
     return f"{100 * share:.1f}" if isinstance(share, float) else ""
 
 
 @contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, str], None], Callable[[str, int, int], None]]]:
+def progress() -> Iterator[tuple[Callable[[str, str], None], Callable[[str, int, int], None]]]:
     """A bar for the task in training where standard error is a terminal; else a line an evaluation."""
     console = show.console(stderr=True)
     if not console.is_terminal:

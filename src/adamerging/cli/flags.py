@@ -211,6 +211,8 @@ def named(arguments: Sequence[str]) -> dict[str, str]:
 def _own_name(path: str) -> str:
     """What a path is called: its folder's name; of a hub id, the name without organisation and revision."""
     local = Path(path).expanduser()
+    if not local.exists() and "#" in path:
+        return path.rpartition("#")[2]  # of a task in a store: the task's
     if not local.exists():
         return path.rstrip("/").rpartition("/")[2].partition("@")[0]
     local = local.resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ from ..errors import UsageError
 from . import flags, show
 from .failing import guard
 from .planned import notes_of, tensors, treatments
+from .store import print_store
 
 if TYPE_CHECKING:
     from ..geometry import Geometry
@@ -34,8 +36,13 @@ def inspect(
 ) -> None:
     """Say what would be merged, and how the task vectors lie to each other. Writes nothing.
 
+    Of a store alone, say which task has which layers of its own.
+
     Example: adamerging inspect base/ sst2=experts/sst2 trec=experts/trec
     """
+    if len(sources or []) == 1 and base is None and not expert and _is_store(sources):
+        print_store(Path((sources or [""])[0]), as_json=as_json)
+        return
     changes = flags.given(
         include=include,
         exclude=exclude,
@@ -75,6 +82,10 @@ def inspect(
         )
     else:
         _show(found)
+
+
+def _is_store(sources: list[str] | None) -> bool:
+    return bool(sources) and (Path((sources or [""])[0]).expanduser() / "store.json").is_file()
 
 
 def _show(found: Geometry) -> None:

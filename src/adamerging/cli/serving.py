@@ -11,7 +11,7 @@ from ..errors import UsageError
 from . import show
 from .failing import guard
 
-Folder = Annotated[Path, typer.Argument(help="A folder that a merge wrote.")]
+Folder = Annotated[Path, typer.Argument(help="A folder that a merge wrote, or a store.")]
 
 
 @guard()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import finetuning, flags, show
+from . import finetuning, flags, sharing, show
 from .failing import guard
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Stage(str, Enum):
     """Part of a suite."""
 
     finetune = "finetune"
+    share = "share"
     merge = "merge"
     compare = "compare"
     all = "all"
@@ -39,7 +40,11 @@ def suite(
     ] = None,
     stage: Annotated[
         Stage,
-        typer.Option("--stage", help="finetune the experts, merge them, compare the methods, or all three."),
+        typer.Option(
+            "--stage",
+            help="finetune the experts, merge them, compare the methods, or all three; or share: train the "
+            "tasks over one base.",
+        ),
     ] = Stage.all,
     tasks: finetuning.Tasks = None,
     values: Annotated[
@@ -88,12 +93,14 @@ def suite(
         found["experts"] = [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
         if Stage.finetune in stages or dry_run:
             show.note(f"{name}: nothing to train, its experts are there: {', '.join(given)}")
-    elif Stage.finetune in stages or dry_run:
+    elif Stage.finetune in stages or (dry_run and Stage.share not in stages):
         outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
         found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
         if not as_json:
             finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
         found["below_floor"] = _below(outcomes, loaded.floors)
+    if Stage.share in stages:
+        found["share"] = _share(filled, threads, overwrite, dry_run, as_json)
     if Stage.merge in stages and not dry_run:
         found["merge"] = _merge(filled, folder, threads, overwrite, as_json)
     if Stage.compare in stages and not dry_run:
@@ -159,6 +166,24 @@ def _finetune(
     changes = flags.given(jobs=jobs, threads=threads, overwrite=overwrite or None)
     recipe = make(FinetuneRecipe, {**filled.finetune, **changes}, f"suite {filled.suite.title}")
     return finetuning.run(recipe, dry_run=dry_run)
+
+
+def _share(
+    filled: Filled, threads: int | None, overwrite: bool, dry_run: bool, as_json: bool
+) -> dict[str, Any]:
+    """The tasks over one base, with as few layers of their own as they need."""
+    from ..errors import UsageError
+    from ..sharing.settings import ShareRecipe
+    from ..validation import make
+
+    if filled.share is None:
+        raise UsageError(f"the suite {filled.suite.title} has no stage share")
+    changes = flags.given(threads=threads, overwrite=overwrite or None)
+    recipe = make(ShareRecipe, {**filled.share, **changes}, f"suite {filled.suite.title}")
+    result = sharing.run(recipe, dry_run=dry_run)
+    if not as_json:
+        sharing.print_result(result, dry_run=dry_run, as_json=False)
+    return result.record()
 
 
 def _below(outcomes: Sequence[Outcome], floors: dict[str, float]) -> list[str]:

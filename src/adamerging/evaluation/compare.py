@@ -20,6 +20,7 @@ from ..errors import AdamergingError, UsageError
 from ..geometry import geometry
 from ..recipe import Recipe, Settings, load_recipe
 from ..run import Prepared, prepare
+from ..sharing.layer_map import map_of_experts
 from ..stream import Workers
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
@@ -314,6 +315,7 @@ class _Run:
         settings |= {"recipe": common, "seeds": bench.settings.seeds, **scoring_of(bench.settings)}
         settings |= {"unseen": unseen.model_dump(exclude_defaults=True) if unseen is not None else None}
         found = _geometry(bench.prepared)
+        shared = map_of_experts(vectors.experts)
         earlier = self.folder.find_slice() if bench.settings.why else None
         return Comparison(
             title=f"{len(vectors.tasks)} experts of {'/'.join(Path(vectors.base.label).parts[-2:])}",
@@ -338,6 +340,7 @@ class _Run:
             },
             geometry=found,
             slice=earlier if still_true(bench, found, earlier) else None,
+            sharing=shared.as_dict() if shared is not None else None,
         )
 
     def _slice(self, found: dict[str, Any] | None) -> dict[str, Any] | None:

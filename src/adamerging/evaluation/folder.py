@@ -21,6 +21,7 @@ from ..tasks.spec import TaskSpec
 from ..tasks.task import Task
 from ..validation import make
 from ..weights import Weights, open_weights
+from ..weights.shared_store import is_store
 from .bench import first, normalised
 from .cache import Result, find, fingerprint, keep, result_key
 from .inference import Feed, logits_from
@@ -57,7 +58,7 @@ def evaluate(
     """Score a folder on tasks with labelled data.
 
     Args:
-        folder: that a merge wrote (heads lie in it), an expert's, or any classifier of transformers.
+        folder: that a merge wrote (heads lie in it), a store, an expert's, or any classifier of transformers.
         tasks: by name the labelled data, or the keys of a task of a recipe (`tasks.spec.TaskSpec`).
         base: the base of a LoRA adapter; other folders need none.
         experts: folders by task, which are scored too: the scores are normalised by theirs. Without, by those
@@ -158,7 +159,9 @@ def _open(path: Path, base: Any) -> _Opened:
 
 
 def _was_merged(path: Path) -> bool:
-    """Whether a merge wrote the folder: it has a record, and is no export of one task."""
+    """Whether a merge wrote the folder (it has a record, and is no export of one task), or it is a store."""
+    if is_store(path):
+        return True
     record = path / RECORD
     if not record.is_file():
         return False

@@ -115,4 +115,9 @@ class Comparison(BaseModel):
     slice: dict[str, Any] | None = Field(
         None, description="{tasks: [a, b], x, y, loss[i][j], entropy[i][j]} over two coefficients."
     )
+    sharing: dict[str, Any] | None = Field(
+        None,
+        description="{tasks, layers, blocks, values[task][layer], base, parameters, multiple} of experts "
+        "that are tasks of one store, see `sharing.layer_map`.",
+    )
     rows: list[Row] = []

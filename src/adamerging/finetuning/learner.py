@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..tasks.labels import NamedLabels
 from ..tasks.task import Samples, Task
+
+
+class Aim(Protocol):
+    """What a training is after beside the right answers, such as few layers of its own.
+
+    Attributes:
+        rates: peak learning rates of parameters that have their own, by name. They neither decay nor count
+            when gradients are clipped.
+    """
+
+    rates: Mapping[str, float]
+
+    def loss(self, progress: float) -> Tensor:
+        """What is added to the cross-entropy, a scalar, after the share ``progress`` of the steps."""
+
+    def cost(self) -> float:
+        """What is taken off the validation accuracy when the epoch is chosen."""
+
+    def figures(self) -> dict[str, float]:
+        """What the history says of it at an evaluation."""
 
 
 @dataclass
@@ -28,6 +48,7 @@ class Learner:
         label_names: names of the classes by number.
         save: writes the model and what belongs to it into a folder that exists.
         settings: what decided the model beside the settings of the training, for the record.
+        aim: what else it is trained for, if anything.
     """
 
     task: Task
@@ -38,6 +59,7 @@ class Learner:
     label_names: Sequence[str]
     save: Callable[[nn.Module, Path], None]
     settings: dict[str, Any] = field(default_factory=dict)
+    aim: Aim | None = None
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ What is frozen is bit-identical in every expert, so its task vector is zero and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -110,6 +110,11 @@ def accuracy_on(learner: Learner, samples: Samples, batch_size: int) -> float:
     return int((found == torch.tensor(list(samples.labels))).sum()) / len(samples)
 
 
+def worth(row: Mapping[str, Any]) -> float:
+    """By what an epoch of the history is chosen: its validation accuracy less what it costs."""
+    return float(row["val_accuracy"] - row.get("cost", 0.0))
+
+
 def _head_first(
     learners: Sequence[Learner],
     settings: FinetuneSettings,
@@ -146,7 +151,7 @@ def _fit(
     schedule = _schedule(optimizer, total, settings.warmup)
     history: list[dict[str, Any]] = []
     best = _states(learners)
-    best_accuracy, stale, step = -1.0, 0, 0
+    best_worth, stale, step = -math.inf, 0, 0
     while step < total and stale < settings.patience:
         orders = [
             shuffled(cost, len(each.train), size, generator)
@@ -154,7 +159,7 @@ def _fit(
         ]
         losses = []
         for number, indices in interleaved(orders, generator):
-            losses.append(_step(learners[number], indices, optimizer, settings, bf16))
+            losses.append(_step(learners[number], indices, optimizer, settings, bf16, step / total))
             schedule.step()
             step += 1
             on_step(step, total)
@@ -163,8 +168,8 @@ def _fit(
         row = _evaluate(learners, step / per_epoch, losses, 2 * size)
         history.append(row)
         say(f"epoch {row['epoch']:.2f}: loss {row['train_loss']:.4f}, val {row['val_accuracy']:.4f}")
-        if row["val_accuracy"] > best_accuracy:
-            best_accuracy, stale, best = row["val_accuracy"], 0, _states(learners)
+        if worth(row) > best_worth:
+            best_worth, stale, best = worth(row), 0, _states(learners)
         else:
             stale += 1
     for learner, state in zip(learners, best, strict=True):
@@ -178,6 +183,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     settings: FinetuneSettings,
     bf16: bool,
+    progress: float,
 ) -> float:
     module, train = learner.module, learner.train
     device = next(module.parameters()).device
@@ -194,9 +200,14 @@ def _step(
             f"task '{learner.name}': the training loss is {value}; nothing was written. Lower body_lr and "
             "head_lr, or look for values of the base or the head that are not finite"
         )
+    own_rates: Mapping[str, float] = {}
+    if learner.aim is not None:
+        own_rates = learner.aim.rates
+        loss = loss + learner.aim.loss(progress)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(learner.trained().values(), settings.max_grad_norm)
+    clipped = [p for name, p in learner.trained().items() if name not in own_rates]
+    nn.utils.clip_grad_norm_(clipped, settings.max_grad_norm)
     optimizer.step()
     return value
 
@@ -215,7 +226,7 @@ def _train_mode(module: nn.Module) -> None:
     """Training mode; but BatchNorm layers that are frozen keep their statistics too."""
     module.train()
     for part in module.modules():
-        if isinstance(part, _BATCHNORM) and not any(p.requires_grad for p in part.parameters(recurse=False)):
+        if isinstance(part, _BATCHNORM) and not any(p.requires_grad for p in part.parameters()):
             part.eval()
 
 
@@ -226,6 +237,9 @@ def _evaluate(learners: Sequence[Learner], epoch: float, losses: list[float], si
         "train_loss": sum(losses) / len(losses),
         "val_accuracy": sum(by_task.values()) / len(by_task),
     }
+    for each in learners:
+        if each.aim is not None:
+            row |= {**each.aim.figures(), "cost": row.get("cost", 0.0) + each.aim.cost()}
     return row if len(learners) == 1 else {**row, "val_by_task": by_task}
 
 
@@ -240,21 +254,20 @@ def _states(learners: Sequence[Learner]) -> list[State]:
 
 
 def _optimizer(learners: Sequence[Learner], settings: FinetuneSettings) -> torch.optim.Optimizer:
-    groups: dict[tuple[bool, bool], dict[int, nn.Parameter]] = {}
+    groups: dict[tuple[float, float], dict[int, nn.Parameter]] = {}
     for learner in learners:
+        own_rates = {} if learner.aim is None else learner.aim.rates
         for name, parameter in learner.trained().items():
-            group = (name in learner.head, parameter.ndim > 1)
+            rate = settings.head_lr if name in learner.head else settings.body_lr
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            group = (own_rates[name], 0.0) if name in own_rates else (rate, decay)
             groups.setdefault(group, {})[id(parameter)] = parameter
     if not groups:
         raise UsageError(f"task '{learners[0].name}': everything is frozen, there is nothing to train")
     return torch.optim.AdamW(
         [
-            {
-                "params": list(parameters.values()),
-                "lr": settings.head_lr if is_head else settings.body_lr,
-                "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            }
-            for (is_head, is_matrix), parameters in groups.items()
+            {"params": list(parameters.values()), "lr": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
         ],
         fused=True,
     )

@@ -171,9 +171,9 @@ def finetune(
     if recipe.jobs > 1 and len(waiting) > 1:
         _in_processes(recipe, [job.name for job in waiting], say)
     else:
-        with _threads(recipe.threads):
+        with torch_threads(recipe.threads):
             for job in waiting:
-                _run(job, recipe, say, on_step)
+                run_job(job, recipe.device, say, on_step)
     trained: Status = "to train" if dry_run else "trained"
     return [outcome for job in jobs for outcome in job.outcomes("kept" if job.done else trained)]
 
@@ -182,10 +182,25 @@ def prepare(recipe: FinetuneRecipe) -> list[Job]:
     """Read and check everything. Raises as `finetune`."""
     if recipe.out is None:
         raise UsageError("no output folder: give --out FOLDER, or out: in the recipe")
-    base = open_weights(recipe.base)
-    digest = _digest(base)
+    parts = read_parts(recipe.tasks, open_weights(recipe.base))
+    out = Path(recipe.out).expanduser()
+    again = recipe.overwrite
+    jobs = [
+        make_job(part.name, [part], recipe.settings_of(part.name), out, overwrite=again) for part in parts
+    ]
+    if recipe.multitask:
+        settings = recipe.together(recipe.multitask)
+        if settings.lora is not None:
+            raise UsageError("multitask trains whole weights; give it lora: null among its own settings")
+        jobs.append(make_job(MULTITASK, parts, settings, out / MULTITASK, overwrite=again))
+    return jobs
+
+
+def read_parts(tasks: Mapping[str, FinetuneTask], base: Weights) -> list[Part]:
+    """Read and check the data of every task. Raises as `finetune`."""
+    digest = digest_of(base)
     parts, problems = [], []
-    for name, spec in recipe.tasks.items():
+    for name, spec in tasks.items():
         try:
             parts.append(_part(name, spec, base, digest))
         except UsageError as error:
@@ -193,19 +208,17 @@ def prepare(recipe: FinetuneRecipe) -> list[Job]:
     if problems:
         many = problems[0] if len(problems) == 1 else "\n".join(f"  - {text}" for text in problems)
         raise UsageError(many if len(problems) == 1 else f"{len(problems)} tasks cannot be trained:\n{many}")
-    out = Path(recipe.out).expanduser()
-    jobs = [_job(part.name, [part], recipe.settings_of(part.name), out, recipe) for part in parts]
-    if recipe.multitask:
-        settings = recipe.multitask_settings()
-        if settings.lora is not None:
-            raise UsageError("multitask trains whole weights; give it lora: null among its own settings")
-        jobs.append(_job(MULTITASK, parts, settings, out / MULTITASK, recipe))
-    return jobs
+    return parts
 
 
-def _job(
-    name: str, parts: Sequence[Part], settings: FinetuneSettings, out: Path, recipe: FinetuneRecipe
+def make_job(
+    name: str, parts: Sequence[Part], settings: FinetuneSettings, out: Path, *, overwrite: bool
 ) -> Job:
+    """One training of one task, or of several over one body, into ``out/<task>``.
+
+    Raises:
+        OutputError: a folder holds something else and may not be replaced.
+    """
     about = [part.identity() for part in parts]
     if len(parts) > 1:
         together = [each["train"] for each in about]
@@ -214,11 +227,11 @@ def _job(
         Expert(out / part.name, *identify(settings, each), part.test)
         for part, each in zip(parts, about, strict=True)
     ]
-    done = [_is_done(expert, overwrite=recipe.overwrite) for expert in experts]
+    done = [is_done(expert, overwrite=overwrite) for expert in experts]
     return Job(name, settings, parts, experts, all(done))
 
 
-def _is_done(expert: Expert, *, overwrite: bool) -> bool:
+def is_done(expert: Expert, *, overwrite: bool) -> bool:
     """Whether the folder holds this very expert.
 
     Raises:
@@ -244,10 +257,11 @@ def _is_done(expert: Expert, *, overwrite: bool) -> bool:
     )
 
 
-def _run(job: Job, recipe: FinetuneRecipe, say: Say, on_step: OnStep) -> None:
+def run_job(job: Job, device: str | None, say: Say, on_step: OnStep) -> None:
+    """Train, and write the folders."""
     existing = any(expert.out.exists() for expert in job.experts)
     train(
-        job.learners, job.experts, job.settings, device=recipe.device,
+        job.learners, job.experts, job.settings, device=device,
         overwrite=existing, say=lambda line: say(job.name, line),
         on_step=lambda step, total: on_step(job.name, step, total),
     )  # fmt: skip
@@ -273,15 +287,17 @@ def _in_process(plain: dict[str, Any], name: str, threads: int) -> str:
     if name != MULTITASK:
         recipe = recipe.model_copy(update={"tasks": {name: recipe.tasks[name]}, "multitask": False})
     lines: list[str] = []
-    with _threads(threads):
+    with torch_threads(threads):
         for job in prepare(recipe):
             if job.name == name and not job.done:
-                _run(job, recipe, lambda task, line: lines.append(line), lambda task, step, total: None)
+                run_job(
+                    job, recipe.device, lambda task, line: lines.append(line), lambda task, step, total: None
+                )
     return lines[-1] if lines else "kept"
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Train with so many threads, and set the number back."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -346,6 +362,6 @@ def _label_names(name: str, given: list[str] | str | None) -> list[str] | None:
     return found
 
 
-def _digest(base: Weights) -> str:
+def digest_of(base: Weights) -> str:
     """sha256 over the base's files."""
     return content_key({path.name: sha256_file(path) for path in base.files})

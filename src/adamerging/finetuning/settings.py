@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -14,6 +14,7 @@ from ..tasks.spec import Kind, beside
 from ..validation import make
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
+R = TypeVar("R", bound="TrainingRecipe")
 MULTITASK = "multitask"
 """Folder of the joint run beside the experts; no task may be called so."""
 
@@ -104,28 +105,30 @@ class FinetuneTask(BaseModel):
     )
 
 
-class FinetuneRecipe(BaseModel):
-    """Which experts to make from which base."""
+def names_of_folders(tasks: dict[str, FinetuneTask]) -> dict[str, FinetuneTask]:
+    """The tasks, whose names are names of folders too. Raises `ValueError` where one cannot be."""
+    for name in tasks:
+        if not name or name.startswith(".") or "/" in name or "\0" in name or name == MULTITASK:
+            raise ValueError(f"'{name}' cannot be a task's name: it is the name of its folder")
+    return tasks
+
+
+class TrainingRecipe(BaseModel):
+    """What is trained from which base: what every recipe with labelled data has."""
 
     model_config = _STRICT
 
     base: str = Field(description="The base: file, folder, or hub id.")
-    out: str | None = Field(None, description="Folder of the experts: each is written to out/<task>.")
+    out: str | None = Field(None, description="Folder of what is made.")
     tasks: Annotated[dict[str, FinetuneTask], Field(min_length=1)] = Field(description="By task name.")
     settings: FinetuneSettings = Field(
-        FinetuneSettings.model_construct(), description="How every expert is trained."
+        FinetuneSettings.model_construct(), description="How every task is trained."
     )
-    multitask: bool | FinetuneSettings = Field(
-        False,
-        description="Also train one body on all tasks jointly, the upper reference: true, or its settings "
-        f"over the recipe's. Written to out/{MULTITASK}/<task>.",
-    )
-    jobs: int = Field(1, ge=1, description="Experts trained at the same time, in processes of their own.")
     threads: int | None = Field(
-        None, ge=1, description="Threads of each; all cores divided by jobs if unset."
+        None, ge=1, description="Threads of a training; all cores divided by jobs if unset."
     )
     device: str | None = Field(None, description="Such as cuda:0; cuda where there is one when unset.")
-    overwrite: bool = Field(False, description="Replace experts of an earlier run that differ.")
+    overwrite: bool = Field(False, description="Replace trainings of an earlier run that differ.")
 
     @field_validator("tasks")
     @classmethod
@@ -139,14 +142,21 @@ class FinetuneRecipe(BaseModel):
         """The settings of one task: the recipe's, changed by its own."""
         return over(self.settings, self.tasks[name].settings)
 
-    def multitask_settings(self) -> FinetuneSettings:
-        """The settings of the joint run."""
-        own = (
-            self.multitask
-            if isinstance(self.multitask, FinetuneSettings)
-            else FinetuneSettings.model_validate({})
-        )
-        return over(self.settings, own)
+    def together(self, own: bool | FinetuneSettings) -> FinetuneSettings:
+        """The settings of a joint run: the recipe's, changed by its own."""
+        none = FinetuneSettings.model_validate({})
+        return over(self.settings, own if isinstance(own, FinetuneSettings) else none)
+
+
+class FinetuneRecipe(TrainingRecipe):
+    """Which experts to make from which base, each in out/<task>."""
+
+    multitask: bool | FinetuneSettings = Field(
+        False,
+        description="Also train one body on all tasks jointly, the upper reference: true, or its settings "
+        f"over the recipe's. Written to out/{MULTITASK}/<task>.",
+    )
+    jobs: int = Field(1, ge=1, description="Experts trained at the same time, in processes of their own.")
 
 
 def over(general: FinetuneSettings, special: FinetuneSettings) -> FinetuneSettings:
@@ -171,11 +181,11 @@ def load_finetune_recipe(
     """
     path = Path(path)
     fields = read_yaml(path)
-    _beside(path, fields)
+    files_beside(path, fields)
     return keep(make(FinetuneRecipe, {**fields, **(overrides or {})}, str(path)), tasks)
 
 
-def keep(recipe: FinetuneRecipe, tasks: list[str] | None) -> FinetuneRecipe:
+def keep(recipe: R, tasks: list[str] | None) -> R:
     """The recipe with some of its tasks. Raises `UsageError` for those it lacks."""
     if not tasks:
         return recipe
@@ -185,7 +195,8 @@ def keep(recipe: FinetuneRecipe, tasks: list[str] | None) -> FinetuneRecipe:
     return recipe.model_copy(update={"tasks": {name: recipe.tasks[name] for name in tasks}})
 
 
-def _beside(recipe: Path, fields: dict[str, Any]) -> None:
+def files_beside(recipe: Path, fields: dict[str, Any]) -> None:
+    """Take base, output and data from the recipe's folder where they are named without one."""
     if isinstance(fields.get("base"), str):
         fields["base"] = local(recipe, fields["base"])
     if isinstance(fields.get("out"), str):

@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..output.folder import OutputFolder
 from ..tasks.task import Samples
 from .learner import Learner
-from .loop import OnStep, Say, accuracy_on, fit, freeze, share_body
+from .loop import OnStep, Say, accuracy_on, fit, freeze, share_body, worth
 from .record import RECORD, FinetuneResult, content_key
 from .settings import FinetuneSettings
 from .transformers_models import word_embeddings
@@ -54,6 +54,7 @@ def train(
     *,
     device: str | None = None,
     overwrite: bool = False,
+    dress: Callable[[Learner], Learner] = lambda learner: learner,
     say: Say = lambda _: None,
     on_step: OnStep = lambda step, total: None,
 ) -> list[FinetuneResult]:
@@ -65,6 +66,7 @@ def train(
         settings: of the training.
         device: where to train; cuda where there is one when None.
         overwrite: replace the folders of an earlier run.
+        dress: changes each learner once it is on its device and what is frozen is frozen.
         say: called with a line at every evaluation.
         on_step: called with (steps done, steps in all).
 
@@ -78,14 +80,15 @@ def train(
     with seeded(settings.seed, place) as generator:
         learners = [_subset(each, settings, generator) for each in make()]
         for learner in learners:
-            _prepare(learner, settings, place)
+            prepare_learner(learner, settings, place)
+        learners = [dress(learner) for learner in learners]
         if len(learners) > 1:
             share_body(learners)
         bf16 = wants_bf16(settings.bf16, place, learners)
         history = fit(
             learners, settings, generator=generator, bf16=bf16, say=say, on_step=on_step
         )  # fmt: skip
-    top = max(history, key=lambda row: row["val_accuracy"])
+    top = max(history, key=worth)
     results = []
     for learner, expert in zip(learners, experts, strict=True):
         parameters = list(learner.module.parameters())
@@ -166,7 +169,8 @@ def default_threads(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
-def _prepare(learner: Learner, settings: FinetuneSettings, device: torch.device) -> None:
+def prepare_learner(learner: Learner, settings: FinetuneSettings, device: torch.device) -> None:
+    """Bring a learner to its device and freeze what is not to learn. Raises as `train`."""
     learner.module.to(device)
     if settings.channels_last:
         learner.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -145,21 +145,22 @@ class OutputFolder:
         assert self._lock is not None
         for path in sorted(self.path.rglob("*")):
             if path.name != ".lock":
-                _sync(path)
-        _sync(self.path)
+                sync(path)
+        sync(self.path)
         self._refuse_existing()  # it may have appeared while this run was busy
         if self.target.exists():
             shutil.rmtree(self.old, ignore_errors=True)
             os.rename(self.target, self.old)
         os.rename(self.path, self.target)  # the lock goes along: nobody can take it before this
         (self.target / ".lock").unlink()
-        _sync(self.target.parent)
+        sync(self.target.parent)
         shutil.rmtree(self.old, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -49,6 +49,9 @@ class Suite(BaseModel):
     finetune: dict[str, Any] | None = Field(
         None, description="A fine-tuning recipe; `each` holds for every task. None: the experts exist."
     )
+    share: dict[str, Any] | None = Field(
+        None, description="What the stage share adds to the fine-tuning recipe: gates and penalties."
+    )
     recipe: dict[str, Any] = Field(description="A merge recipe; `each` holds for every task.")
     merge: dict[str, Any] = Field(description="What the stage merge adds to the recipe.")
     compare: dict[str, Any] = Field(description="What the stage compare adds, as `compare:`.")
@@ -61,6 +64,7 @@ class Filled:
     Attributes:
         suite: the file.
         finetune: fields of the fine-tuning recipe; None where the experts exist already.
+        share: fields of the sharing recipe; None where the suite has none.
         merge: fields of the merge recipe.
         compare: the same with `compare:` in the place of how to merge.
         folders: data folders under ``--data``, those of unseen tasks last.
@@ -68,15 +72,16 @@ class Filled:
 
     suite: Suite
     finetune: dict[str, Any] | None
+    share: dict[str, Any] | None
     merge: dict[str, Any]
     compare: dict[str, Any]
     folders: tuple[str, ...]
 
     def write(self, out: Path) -> dict[str, Path]:
-        """Write the recipes as files that `adamerging finetune`, `merge` and `compare` take."""
+        """Write the recipes as files that `adamerging finetune`, `share`, `merge` and `compare` take."""
         out.mkdir(parents=True, exist_ok=True)
         paths = {}
-        for stage in ("finetune", "merge", "compare"):
+        for stage in ("finetune", "share", "merge", "compare"):
             if getattr(self, stage) is None:
                 continue
             paths[stage] = out / f"{stage}.yaml"
@@ -175,14 +180,17 @@ def fill(
     if suite.finetune is None:
         if multitask:
             raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
-        finetune = None
+        finetune = share = None
     else:
-        finetune = {**rest(suite.finetune), "tasks": by_task(suite.finetune), "multitask": multitask}
+        training = {**rest(suite.finetune), "tasks": by_task(suite.finetune)}
+        finetune = {**training, "multitask": multitask}
+        share = None if suite.share is None else {**training, **filled(suite.share)}
     experts = {task: filled(suite.recipe["experts"], task) for task in kept}
     common: dict[str, Any] = {**rest(suite.recipe), "experts": experts, "tasks": by_task(suite.recipe)}
     return Filled(
         suite,
         finetune,
+        share,
         {**common, **filled(suite.merge)},
         {**common, "compare": filled(_without(suite.compare, kept))},
         tuple([filled(suite.data.seen, task) for task in kept if suite.data.seen] + suite.data.unseen),

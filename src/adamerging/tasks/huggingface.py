@@ -17,11 +17,9 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import UsageError, WeightsError
-from ..weights.source import Weights
+from ..weights.source import PART, Weights
 
 _ADAPTER = "adapter_config.json"
-PART = {"adamerging.part": "yes"}
-"""Metadata of weights in memory that are a part of a model, to be completed by the base."""
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from .folder import open_file_in_folder, open_folder
 from .hub import HUB_ID, called, fetch, split_id
 from .lora import is_adapter, open_lora
 from .memory import open_module, open_state_dict
+from .shared_store import BASE, is_store, open_address, read_index
 from .source import Weights
 
 Source: TypeAlias = str | Path | Mapping[str, Tensor] | nn.Module | Weights
@@ -35,9 +36,21 @@ class PathKind:
     open: Callable[[Path, Weights | None], Weights]
 
 
+def _refuse_store(path: Path, base: Weights | None) -> Weights:
+    """A store is many models: say how to name one of them."""
+    del base
+    tasks = list(read_index(path).tasks)
+    named = ", ".join(f"{path}#{task}" for task in tasks) or "it has none yet"
+    raise WeightsError(
+        f"{path} is a store of several tasks over one base. Name one of its tasks ({named}), or its base: "
+        f"{path / BASE}."
+    )
+
+
 # First match wins.
 PATH_KINDS: tuple[PathKind, ...] = (
     PathKind("LoRA adapter", is_adapter, open_lora),
+    PathKind("store", is_store, _refuse_store),
     PathKind("model folder", Path.is_dir, lambda path, base: open_folder(path)),
     PathKind("weight file", Path.is_file, lambda path, base: open_file_in_folder(path)),
 )
@@ -48,8 +61,9 @@ def open_weights(source: Source, *, base: Weights | None = None, revision: str |
 
     Args:
         source: a path to a safetensors or torch file, to an index of shards, to a Hugging Face folder or to a
-            PEFT LoRA adapter; a hub id ``org/name`` or ``org/name@revision``; a dict of tensors; an
-            ``nn.Module``; weights that are open already. A path that exists wins over a hub id.
+            PEFT LoRA adapter; a task of a store, ``store#task``; a hub id ``org/name`` or
+            ``org/name@revision``; a dict of tensors; an ``nn.Module``; weights that are open already. A path
+            that exists wins over a hub id.
         base: the weights that an adapter was trained on; from them come the true orientation and shape of the
             tensors that it changes. Other kinds of sources do not need it.
         revision: branch, tag or commit on the hub.
@@ -87,6 +101,9 @@ def _open_path_or_id(source: str | Path, base: Weights | None, revision: str | N
         if revision is not None:
             raise UsageError(f"revision={revision!r} is for hub ids, and {source} is a path that exists.")
         return _open_path(path, base)
+    of_store = open_address(str(source)) if revision is None else None
+    if of_store is not None:
+        return of_store
     if isinstance(source, Path) or not HUB_ID.fullmatch(source) or _looks_like_a_file(source):
         raise WeightsError(f"{source} does not exist.{_nearest(path)}{_hint(str(source))}")
     repo, given = split_id(source)

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PART: Mapping[str, str] = {"adamerging.part": "yes"}
+"""Metadata of weights that are a part of a model, to be completed by the base."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:

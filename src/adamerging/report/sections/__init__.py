@@ -15,6 +15,7 @@ from .geometry import geometry
 from .normalised import kept
 from .scale import scale
 from .settings import settings
+from .sharing import sharing
 from .shift import shift
 from .surface import surface
 from .unseen import leave_out, unseen
@@ -28,6 +29,7 @@ SECTIONS: tuple[Callable[[View], Section | None], ...] = (
     convergence,
     coefficients,
     geometry,
+    sharing,
     entropy,
     confusion,
     surface,
