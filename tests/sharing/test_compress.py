@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,27 @@ def test_an_expert_is_added_and_an_adapter_is_stored_as_its_whole_layers(cli, fa
         )
     assert add_expert(store, "again", family / "films", keep=0.0).share("again") == 0.0
     assert model.predict("low", ["word1 word2"])[0].index in range(3)
+
+
+def test_encoders_under_a_fixed_head_and_image_classifiers_are_served_as_the_experts(tmp_path):
+    from adamerging.evaluation.folder import evaluate
+    from compared import save_texts
+    from tiny_tasks import save_encoder_expert, save_text_base, save_vit, save_vit_expert
+
+    base = save_text_base(tmp_path / "text")
+    mood = save_encoder_expert(tmp_path / "mood", base, 1, ["sad", "glad"])
+    made = compress(base, {"mood": mood}, tmp_path / "s", merge={"allow": ["unrelated"]})
+    assert am.load(made.store.folder).label_names("mood") == ["sad", "glad"]
+    data = save_texts(tmp_path / "test.jsonl", random.Random(0), 20, 2)
+    scores = [evaluate(f, {"mood": {"evaluate": str(data)}}).scores[0] for f in (tmp_path / "s", mood)]
+    assert scores[0] == scores[1]
+
+    eyes = save_vit(tmp_path / "eyes")
+    pets = save_vit_expert(tmp_path / "pets", eyes, 2, ["cat", "dog"])
+    compress(eyes, {"pets": pets}, tmp_path / "v", merge={"allow": ["unrelated"]})
+    wanted = load_file(pets / "model.safetensors")
+    state = am.load(tmp_path / "v").task("pets").state_dict()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
 
 
 def test_the_grid_is_the_map_and_narrow_ones_are_by_block():
