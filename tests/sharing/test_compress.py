@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -59,6 +60,7 @@ SCORES = st.dictionaries(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(SCORES, st.floats(0, 1), st.floats(1, 3))
 def test_rules_keep_the_highest_scores(scores, share, budget):
     sizes = {name: 3 + number for number, name in enumerate("uvwxyz")}
@@ -191,11 +193,12 @@ def test_gates_open_the_layers_that_the_task_needs_and_close_the_others():
         expert.up.weight.copy_(base.up.weight + 1.5 * torch.randn_like(base.up.weight))
     prepared = prepare(base, {name: expert}, Settings(allow=["unrelated"]))
     task = make_task(name, expert, samples=64, labels=False)
-    settings = GateSettings(steps=60, penalty=0.05, batch_size=16)
+    how = GateSettings(steps=60, penalty=0.05, batch_size=16)
     with Workers(1) as workers:
-        found = learn_gates(prepared, task, survey(prepared)[name], settings, workers)
-        again = learn_gates(prepared, task, survey(prepared)[name], settings, workers)
+        found = learn_gates(prepared, task, survey(prepared)[name], how, workers)
+        again = learn_gates(prepared, task, survey(prepared)[name], how, workers)
     assert {n for n, chance in found.probabilities.items() if chance >= 0.5} == {"up.weight"}
+    assert set(found.probabilities) == set(GATED)
     assert found.agreement >= 0.95 and found.divergence < 0.01
     assert found.probabilities == again.probabilities  # the seed decides
 
@@ -309,6 +312,27 @@ def test_an_expert_is_added_and_an_adapter_is_stored_as_its_whole_layers(cli, fa
     assert model.predict("low", ["word1 word2"])[0].index in range(3)
 
 
+def test_encoders_under_a_fixed_head_and_image_classifiers_are_served_as_the_experts(tmp_path):
+    from adamerging.evaluation.folder import evaluate
+    from compared import save_texts
+    from tiny_tasks import save_encoder_expert, save_text_base, save_vit, save_vit_expert
+
+    base = save_text_base(tmp_path / "text")
+    mood = save_encoder_expert(tmp_path / "mood", base, 1, ["sad", "glad"])
+    made = compress(base, {"mood": mood}, tmp_path / "s", merge={"allow": ["unrelated"]})
+    assert am.load(made.store.folder).label_names("mood") == ["sad", "glad"]
+    data = save_texts(tmp_path / "test.jsonl", random.Random(0), 20, 2)
+    scores = [evaluate(f, {"mood": {"evaluate": str(data)}}).scores[0] for f in (tmp_path / "s", mood)]
+    assert scores[0] == scores[1]
+
+    eyes = save_vit(tmp_path / "eyes")
+    pets = save_vit_expert(tmp_path / "pets", eyes, 2, ["cat", "dog"])
+    compress(eyes, {"pets": pets}, tmp_path / "v", merge={"allow": ["unrelated"]})
+    wanted = load_file(pets / "model.safetensors")
+    state = am.load(tmp_path / "v").task("pets").state_dict()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
 def test_the_grid_is_the_map_and_narrow_ones_are_by_block():
     names = [f"block.{i}.{part}" for i in range(10) for part in "ab"]
     blocks = [name[: name.rindex(".")] for name in names]
@@ -317,6 +341,15 @@ def test_the_grid_is_the_map_and_narrow_ones_are_by_block():
     assert grid(made, 40) == ["█" * 10 + "·" * 10, "█·" * 10, "·" * 20]
     assert grid(made, 10) == ["█" * 5 + "·" * 5, "▒" * 10, "·" * 10]
     assert [len(line) <= 4 for line in grid(made, 4)] == [True] * 3
+
+
+def test_a_layer_that_an_expert_left_alone_is_on_the_map_and_shared(tmp_path):
+    base, experts, _ = toy()
+    for expert in experts.values():
+        expert.up.load_state_dict(base.up.state_dict())
+    made = compress(base, experts, tmp_path / "s", merge={"allow": ["unrelated"]})
+    assert made.map.shared_by_all == ["up.weight"] and set(made.map.layers) == set(GATED)
+    assert [made.map.share(name) for name in experts] == [0.8, 0.8]
 
 
 def test_the_map_of_a_store_is_in_the_order_of_the_base(family, tmp_path):

@@ -208,6 +208,13 @@ def test_a_store_that_was_not_finished_is_no_store(root: Path, tmp_path: Path, c
     (tmp_path / ".half.partial" / "store.json").unlink()  # it is written last
     ended = cli("store", "show", tmp_path / ".half.partial")
     assert ended.code == 3 and "was not written to its end" in ended.err
+    for arguments in (
+        ("predict", tmp_path / ".half.partial", "mood", "word1"),
+        ("evaluate", tmp_path / ".half.partial", "--test", "mood=x.jsonl"),
+        ("inspect", root / "base", f"a={tmp_path / '.half.partial'}#mood"),
+    ):
+        ended = cli(*arguments)
+        assert ended.code == 3 and "was not written to its end" in ended.err, arguments
     task = trained("mood", root / "base", root / "mood", 1, 2)
     write_store(tmp_path / "half", root / "base", {"mood": task}, {})  # goes over what is left
     assert not (tmp_path / ".half.partial").exists()

@@ -242,6 +242,8 @@ def _by_rule(
 def _contents(prepared: Prepared, chosen: _Chosen, tasks: Sequence[Task]) -> list[Content]:
     lengths = {task.name: task.settings.get("max_length") for task in tasks}
     kinds = {task.name: task.settings.get("kind") for task in tasks}
+    merged = prepared.plan.with_treatment("merged")
+    gated = [entry.name for entry in merged if len(entry.spec.shape) > 1]
     contents = []
     for task, expert in prepared.vectors.experts.items():
         own = [change.name for change in chosen.changes[task] if not change.gated]
@@ -256,7 +258,7 @@ def _contents(prepared: Prepared, chosen: _Chosen, tasks: Sequence[Task]) -> lis
                 ),
                 own=_values(prepared, task, own),
                 head=in_memory(task, head_of(prepared, task)),
-                scores=chosen.scores[task],
+                scores={name: chosen.scores[task].get(name, 0.0) for name in gated},  # 0: it is the base's
                 prefix="" if prefixes.base else prefixes.expert,
                 config=folder,
                 fixed_head=fixed if fixed is not None and fixed.is_file() else None,

@@ -79,6 +79,7 @@ def content_of(base: Weights, task: SharedTask) -> Content:
 
     specs = {n: Spec(s.shape, torch.promote_types(s.dtype, torch.float32)) for n, s in base.specs.items()}
     layers = Weights(task.name, {name: specs[name] for name in base.specs if name in delta}, value_of)
+    fixed = None if task.config is None else task.config / "heads" / f"{task.name}.safetensors"
     ordered = {name: own[name] for name in base.specs if name in own}
     return Content(
         task.name,
@@ -88,6 +89,7 @@ def content_of(base: Weights, task: SharedTask) -> Content:
         scores_by_tensor(base, task.scores),
         prefix=prefix_of(base, task.config, list(head)),
         config=task.config,
+        fixed_head=fixed if fixed is not None and fixed.is_file() else None,
     )
 
 

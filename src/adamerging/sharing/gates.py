@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..adaptation.batches import Batches, split
-from ..adaptation.body import Body
 from ..adaptation.coefficients import Layout, layout
 from ..adaptation.objectives import agreement
 from ..adaptation.store import VectorStore
@@ -29,6 +28,7 @@ from ..evaluation.inference import logits_of
 from ..run import Prepared
 from ..stream import Workers
 from ..tasks.task import Samples, Task
+from .blend import Blend
 from .changes import Change
 
 
@@ -120,16 +120,14 @@ class _Loop:
         device: torch.device,
     ) -> None:
         self.task, self.settings, self.device = task, settings, device
-        vectors = prepared.vectors.like([task.name])
-        self.body = Body(vectors, device)
-        self.module = self.body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
-        self.body.load_expert(vectors, task.name)
+        self.blend = Blend(prepared, task, changes, device)
+        self.body, self.module, vectors = self.blend.body, self.blend.module, self.blend.vectors
         self.inputs = samples.inputs
         self.expert = logits_of(self.module, task, samples, device=device)
         self.store = VectorStore(vectors, workers, device=device)
         self.store.scan()
         self.where: Layout = layout("tensor", [task.name], self.store.entries(), vectors.places)
-        self.gated = [change for change in changes if change.gated]
+        self.gated = self.blend.gated
         self.columns = torch.tensor([self.where.spans[change.name][0] for change in self.gated])
         sizes = torch.tensor([float(change.parameters) for change in self.gated])
         self.shares = sizes / sizes.sum()
@@ -168,9 +166,7 @@ class _Loop:
         return Learned(dict(zip(names, final.tolist(), strict=True)), same, divergence, history)
 
     def _set(self, gates: Tensor) -> None:
-        values = torch.ones(1, self.where.width)  # what has no gate is the expert's
-        values[0, self.columns] = gates
-        self.store.materialise(self.body.tensors, values, self.where)
+        self.blend.keep(c.name for c, gate in zip(self.gated, gates.tolist(), strict=True) if gate)
 
     def _pull(self, gates: Tensor, samples: Sequence[int]) -> tuple[float, Tensor]:
         """The divergence on some samples, and its gradient by gate."""

@@ -1,4 +1,4 @@
-"""One task's model with some layers the expert's and the others the base's, and how good that is."""
+"""The fewest layers of an expert that are good enough, by labelled samples."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adaptation.body import Body
 from ..errors import UsageError
 from ..evaluation.bench import first
 from ..evaluation.inference import Feed, logits_from
 from ..run import Prepared
 from ..tasks.task import Samples, Task
-from .changes import Change, expert_value, ranked
+from .blend import Blend
+from .changes import Change, ranked
 
 KEPT = 256 << 20
 """Bytes of ready inputs that are kept from one trial to the next."""
@@ -59,33 +59,18 @@ class Trials:
         limit: int | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._vectors = prepared.vectors.like([task.name])
         self._task, self.count = task, 0
-        self._gated = [change.name for change in changes if change.gated]
-        self._device = device or torch.device("cpu")
-        self._body = Body(self._vectors, self._device)
-        skeleton = task.skeleton(self._vectors.experts[task.name], self._vectors.base)
-        self._module = self._body.attach(task.name, skeleton)
+        self._blend = Blend(prepared, task, changes, device)
         self._samples = first(require_labels(task), limit)  # named labels are known now that the model is
         self._feed = Feed(task, self._samples, keep=KEPT)
-        self._body.load_expert(self._vectors, task.name)
-        self._open = set(self._gated)
 
     def accuracy(self, layers: Iterable[str]) -> float:
         """Share of the judging samples that are right with these layers the expert's, others the base's."""
-        wanted, entries = set(layers), self._vectors.plan.entries
-        with torch.no_grad():
-            for name in wanted ^ self._open:
-                target = self._body.tensors[name]
-                if name in wanted:
-                    target.copy_(expert_value(self._vectors, entries[name], self._task.name))
-                else:
-                    target.copy_(self._vectors.base.read(name))
-        self._open = wanted
+        self._blend.keep(layers)
         self.count += 1
         assert self._samples.labels is not None
         labels = torch.tensor([int(label) for label in self._samples.labels])
-        found = logits_from(self._module, self._task, self._feed, self._device).argmax(-1)
+        found = logits_from(self._blend.module, self._task, self._feed, self._blend.device).argmax(-1)
         return float((found == labels).double().mean())
 
     def smallest(self, scores: Mapping[str, float], sizes: Mapping[str, int], loss: float) -> Found:

@@ -84,8 +84,10 @@ class Index(BaseModel):
 
 
 def is_store(path: Path) -> bool:
-    """Whether a path is the folder of a store."""
-    return (path / INDEX).is_file()
+    """Whether a path is the folder of a store, whole or not: `read_index` says what is wrong with it."""
+    if (path / INDEX).is_file():
+        return True
+    return (path / BASE).is_dir() and any((path / TASKS).glob(f"*/{WEIGHTS}"))
 
 
 def split_address(source: str) -> tuple[Path, str] | None:
@@ -103,7 +105,7 @@ def read_index(folder: Path) -> Index:
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder; give the folder of a store")
-    if not is_store(folder):
+    if not (folder / INDEX).is_file():
         raise WeightsError(
             f"{folder} is no store, or was not written to its end: it holds no {INDEX}, which is written "
             "last. Make it again"
