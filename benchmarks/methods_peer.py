@@ -13,7 +13,8 @@ kept from one run to the next. Both use as many threads as torch does by itself.
 
 Options are those under which both read a method alike; where FusionBench has matrices alone (two
 dimensions), the patch embedding is a vector here too. `same` is the distance of the two merged models,
-relative to what the merge changed; where chance decides (dare) there is none.
+relative to what the merge changed; where chance decides (dare) there is none. FusionBench's TIES keeps one
+value more of each task than asked for, and so differs in a few single values.
 """
 
 from __future__ import annotations
