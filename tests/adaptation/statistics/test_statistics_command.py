@@ -132,7 +132,7 @@ def test_an_output_that_exists_is_refused_before_an_expert_runs(cli, root, tmp_p
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "mine.txt").touch()
     ended = cli("merge", *sources(root), *data(root), "-m", "fisher", "--out", tmp_path / "m")
-    assert ended.code == 4 and "mine.txt" not in ended.out
+    assert ended.code == 6 and "exists; choose another --out" in ended.err
     assert not cache_folder().exists()
 
 
