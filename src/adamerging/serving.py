@@ -17,6 +17,7 @@ from .masks import masked_names, restored
 from .output.companions import companions
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import write_tensors
+from .surgery import Operation, read_part
 from .tasks.data import DataKind, Fields, check_inputs, read_samples
 from .tasks.huggingface import PART, quiet
 from .tasks.image_classification import image_task
@@ -101,7 +102,8 @@ class MergedModel:
     def module(self, task: str) -> nn.Module:
         """The model of one task in evaluation mode. All tasks' modules hold the same body tensors.
 
-        Where the merge kept a mask for each task (`emr`, `tall_masks`), each has its own instead.
+        Where the merge kept a mask for each task (`emr`, `tall_masks`), each has its own instead. Where it
+        learned surgery, the module applies it before its head.
 
         Raises:
             UsageError: no such task, or a model that is none of transformers and was not given.
@@ -179,6 +181,11 @@ class MergedModel:
             known["head"] = str(self.folder / "heads" / f"{task}.safetensors")
         return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
+    def operation(self, task: str) -> Operation | None:
+        """What is done to a task's features before its head, if the folder has parts. Raises as `module`."""
+        self._check(task)
+        return read_part(self.folder, task) if "parts" in self.record else None
+
     def _check(self, task: str) -> None:
         if task not in self.tasks:
             raise UsageError(f"{self.folder} has no task '{task}'; it has {', '.join(self.tasks) or 'none'}")
@@ -211,6 +218,9 @@ class MergedModel:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
         module = task.skeleton(part, self._body_of(name))
         self._share(module, part)
+        operation = self.operation(name)
+        if operation is not None:
+            task = operation.attach(task, module.to(self.device), part, self._body)
         return _Ready(task, kind, module.to(self.device), names)
 
     def _body_of(self, name: str) -> Weights:
@@ -321,6 +331,11 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
         raise UsageError(
             f"task '{task}' is of kind {kind}, for which transformers has no classifier to write; "
             f"{folder} itself holds the body, and heads/{task} what belongs to the task"
+        )
+    if "parts" in merged.record:
+        raise UsageError(
+            f"task '{task}' has a part before its head (surgery) with a ReLU in it, which no weights of an "
+            f"ordinary model can take in: open the folder itself, adamerging.load({str(folder)!r})"
         )
     module: Any = merged.module(task)
     tensors = merged.stored(task)

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import UsageError
 from ..recipe import Recipe, Settings
 from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
+from ..surgery import KIND, PER_TASK, Operation, write_parts
 from ..tasks.data import refuse_overlap
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
@@ -22,12 +24,14 @@ from ..validation import make
 from .batchnorm import batchnorm_layers
 from .body import Body
 from .coefficients import Layout, table
-from .loop import InterruptedRun, Learner, estimate_statistics
+from .layerwise import asked_for
+from .loop import InterruptedRun, Learner, check_task, estimate_statistics
 from .monitor import unused, warnings_of
 from .scoring import average_into, score
-from .session import Say, Session, begin, first_values, learn, open_session
+from .session import Say, Session, begin, first_values, learn, open_session, operate_on
 from .settings import AdaptSettings, resolve
 from .state import State
+from .surgery import parameters
 from .write import work_folder, write_folder, write_record
 
 __all__ = ["AdaptResult", "adapt", "adapt_recipe", "open_session", "run_adaptation"]
@@ -151,12 +155,15 @@ def run_adaptation(
         session = begin(prepared, tasks, settings, workers, say)
         state = learn(session, state_file=work / "state.safetensors" if work else None, callback=callback)
         applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
+        operations = add_operations(session, state, applied, say)
         try:
-            scores = score_session(session, state, applied, say)
+            scores = score_session(session, state, applied, say, operations)
         except KeyboardInterrupt:
             kept = "; the learned coefficients are kept, the same command goes on" if work else ""
             raise InterruptedRun(f"stopped while scoring{kept}") from None
-        record = adapt_record(session, state, applied, started, transductive)
+        for operation in operations.values():
+            operation.on = True
+        record = adapt_record(session, state, applied, started, transductive, operations)
         if scores is not None:
             record["scores"] = scores
         if folder is not None:
@@ -164,7 +171,7 @@ def run_adaptation(
                 folder.require(prepared.nbytes)
                 record["outputs"] = write_folder(
                     folder, prepared, session.body.tensors, applied, session.where, state.history, tasks
-                )
+                ) | write_parts(folder, operations)
                 write_record(folder, record)
                 folder.commit()
             if work is not None:
@@ -175,7 +182,41 @@ def run_adaptation(
     )  # fmt: skip
 
 
-def score_session(session: Session, state: State, applied: Tensor, say: Say) -> dict[str, Any] | None:
+def fill_merged(session: Session, state: State, applied: Tensor) -> None:
+    """Make the body the merged one."""
+    session.body.reset(session.prepared.vectors)
+    session.store.materialise(session.body.tensors, applied, session.where)
+    session.body.load_statistics(state.statistics)
+
+
+def add_operations(session: Session, state: State, applied: Tensor, say: Say) -> dict[str, Operation]:
+    """Learn every task's surgery where the settings ask for it, attach it (off) and check what it does."""
+    operations = operate_on(session, partial(fill_merged, session, state, applied), say)
+    if not operations:
+        return operations
+    vectors, checks = session.prepared.vectors, {}
+    try:
+        for learner in session.learners:
+            operation, expert = operations[learner.task.name], vectors.experts[learner.task.name]
+            learner.task = operation.attach(learner.task, learner.module, expert, vectors.base)
+            operation.on = True
+            checks[learner.task.name] = check_task(learner, session.settings, session.body)
+            operation.on = False
+    except BaseException:  # modules may be used again, without it
+        for operation in operations.values():
+            operation.detach()
+        raise
+    state.history.append({"step": chosen_step(session, state), "check": checks, "part": KIND})
+    return operations
+
+
+def score_session(
+    session: Session,
+    state: State,
+    applied: Tensor,
+    say: Say,
+    operations: Mapping[str, Operation] | None = None,
+) -> dict[str, Any] | None:
     """Score base, experts, average, start and merged model; the body ends as the merged one."""
     body, vectors, learners = session.body, session.prepared.vectors, session.learners
     if all(learner.task.evaluate is None for learner in learners):
@@ -198,9 +239,9 @@ def score_session(session: Session, state: State, applied: Tensor, say: Say) -> 
         refresh()
 
     def merged() -> None:
-        body.reset(vectors)
-        session.store.materialise(body.tensors, applied, session.where)
-        body.load_statistics(state.statistics)
+        fill_merged(session, state, applied)
+        for operation in (operations or {}).values():
+            operation.on = True
 
     models = {
         "base": lambda: body.load_base(vectors), "average": average, "start": start, "merged": merged,
@@ -211,7 +252,12 @@ def score_session(session: Session, state: State, applied: Tensor, say: Say) -> 
 
 
 def adapt_record(
-    session: Session, state: State, applied: Tensor, started: float, transductive: bool
+    session: Session,
+    state: State,
+    applied: Tensor,
+    started: float,
+    transductive: bool,
+    operations: Mapping[str, Operation],
 ) -> dict[str, Any]:
     """What ``run.json`` holds: a merge's record, and how the coefficients were learned."""
     settings = session.settings
@@ -230,10 +276,9 @@ def adapt_record(
     record = run_record(session.prepared, started, session.hashes)
     record["recipe"].pop("method", None)
     record["recipe"]["adapt"] = settings.model_dump(exclude_defaults=True) | {"preset": settings.preset}
-    name = "AdaMerging" if settings.objective == "entropy" else f"learned coefficients ({settings.objective})"
     return record | {
         "kind": "adapt",
-        "method": name,
+        "method": method_name(settings),
         "options": [],
         "scale": None,
         "adapt": settings.model_dump(),
@@ -243,13 +288,32 @@ def adapt_record(
         "stack": list(session.stack.labels),
         "cached_bytes": session.stack.nbytes,
         "coefficients": state.values.numel(),
+        "parameters": learned_parameters(session, state, operations),
+        **({"parts": {"kind": KIND, "parameters": parameters(operations.values())}} if operations else {}),
         "step": chosen,
         "start": checks[0] if checks else None,
-        "end": next((check for check in checks if check["step"] == chosen), None),
+        "end": next((check for check in reversed(checks) if check["step"] == chosen), None),
         "data": data,
         "seed": settings.seed,
-        "warnings": run_warnings(session, state, applied),
+        "warnings": [*run_warnings(session, state, applied), *([PER_TASK] if operations else [])],
     }
+
+
+def method_name(settings: AdaptSettings) -> str:
+    """What a run is called."""
+    ended = [] if settings.surgery is None else ["representation surgery"]
+    if settings.steps == 0 and asked_for(settings.start) is not None:
+        return " + ".join(["ProDistill", *ended])
+    if settings.steps == 0 and ended:
+        return ended[0]
+    name = "AdaMerging" if settings.objective == "entropy" else f"learned coefficients ({settings.objective})"
+    return " + ".join([name, *ended])
+
+
+def learned_parameters(session: Session, state: State, operations: Mapping[str, Operation]) -> int:
+    """How many numbers were learned from data, those of the start and of the tasks' parts included."""
+    coefficients = state.values.numel() if session.settings.steps else 0
+    return session.stack.learned + coefficients + parameters(operations.values())
 
 
 def chosen_step(session: Session, state: State) -> int:

@@ -7,7 +7,7 @@ up in one place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -93,10 +93,17 @@ class Body:
         for tensor in self.tensors.values():
             tensor.grad = None
 
-    def reset(self, vectors: TaskVectors) -> None:
-        """Make the body the base again, its averaged statistics the mean of the experts'."""
+    def reset(self, vectors: TaskVectors, names: Collection[str] | None = None) -> None:
+        """Make the body the base again, its averaged statistics the mean of the experts'.
+
+        Args:
+            vectors: base and experts.
+            names: of the tensors that are reset; all when None.
+        """
         with torch.no_grad():
             for name, entry in self.plan.entries.items():
+                if names is not None and name not in names:
+                    continue
                 if entry.treatment == "averaged":
                     chunk = vectors.read(vectors.open(entry), 0, entry.spec.numel)
                     self.tensors[name].view(-1).copy_(chunk.base + chunk.vectors.mean(0))
@@ -115,11 +122,19 @@ class Body:
             for name, value in statistics.items():
                 self.tensors[name].copy_(value)
 
-    def load_expert(self, vectors: TaskVectors, task: str) -> None:
-        """Make the body this expert's, exactly, statistics included."""
+    def load_expert(self, vectors: TaskVectors, task: str, names: Collection[str] | None = None) -> None:
+        """Make the body this expert's, exactly, statistics included.
+
+        Args:
+            vectors: base and experts.
+            task: which.
+            names: of the tensors that become the expert's; all when None.
+        """
         row = vectors.tasks.index(task)
         with torch.no_grad():
             for entry in self.plan.entries.values():
+                if names is not None and entry.name not in names:
+                    continue
                 if task not in entry.sources:
                     self.tensors[entry.name].copy_(vectors.base.read(entry.name))
                     continue

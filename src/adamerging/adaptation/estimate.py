@@ -10,6 +10,7 @@ from ..tasks.task import Task
 from .batches import split
 from .cache import cache_folder
 from .coefficients import layout
+from .layerwise import asked_for, sizes
 from .session import make_objective, match_tasks
 from .settings import AdaptSettings
 from .stack import COMBINED
@@ -52,6 +53,7 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
     )
     heads = sum(spec.nbytes for head in vectors.plan.heads.values() for spec in head.values())
     kept = (len(labels) + 1) * merged
+    distilled, block = sizes(vectors) if asked_for(settings.start) is not None else (0, 0)
     parts = {
         task.name: split(
             len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name
@@ -61,12 +63,12 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
     }
     return AdaptEstimate(
         {name: (len(train), len(held)) for name, (train, held) in parts.items()},
-        len(labels) * where.width,
+        distilled + (len(labels) * where.width if settings.steps else 0),
         settings.steps,
         depth * merged,
         str(cache_folder()),
         body
-        + merged
+        + max(merged, block)
         + heads
         + len(labels) * where.width * 16
         + (kept if kept <= settings.budget * 1e9 else 0),

@@ -206,7 +206,7 @@ class Loop:
         """Held-out entropy and, where the experts' predictions are known, agreement with them."""
         record: dict[str, Any] = {"step": state.step, "check": {}}
         for learner in self.learners:
-            record["check"][learner.task.name] = self._check_task(learner)
+            record["check"][learner.task.name] = check_task(learner, self.settings, self.body)
         checks = record["check"].values()
         if checks and all("kl" in check for check in checks):
             record["agreement"] = sum(check["agreement"] for check in checks) / len(checks)
@@ -220,31 +220,33 @@ class Loop:
                 }
         self._note(state, record)
 
-    def _check_task(self, learner: Learner) -> dict[str, float]:
-        samples = learner.held or learner.train[: self.settings.held_out_limit]
-        logits = predict(learner, samples, self.body.device, autocast(self.settings, self.body))
-        classes = logits.argmax(-1)
-        counts = torch.bincount(classes, minlength=logits.shape[-1])
-        result = {
-            "entropy": float(sample_entropy(logits).mean()),
-            "largest_class": float(counts.max() / len(classes)),
-        }
-        labels = learner.task.adapt.labels if learner.task.adapt is not None else None
-        if labels is not None:  # for the record alone: nothing is learned from it or chosen by it
-            right = classes == torch.tensor([labels[i] for i in samples])
-            result["accuracy"] = float(right.float().mean())
-        if all(i in learner.expert_logits for i in samples):
-            expert = torch.stack([learner.expert_logits[i] for i in samples])
-            wanted, found = expert.log_softmax(-1), logits.log_softmax(-1)
-            result["kl"] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-            result["agreement"] = float((expert.argmax(-1) == classes).float().mean())
-            shares = torch.bincount(expert.argmax(-1), minlength=expert.shape[-1])
-            result["largest_class_of_expert"] = float(shares.max() / len(classes))
-        return result
-
     def _note(self, state: State, record: dict[str, Any]) -> None:
         state.history.append(record)
         self.callback({**record, "steps": self.settings.steps, "objective": self.objective.name})
+
+
+def check_task(learner: Learner, settings: AdaptSettings, body: Body) -> dict[str, float]:
+    """How the body answers a task's held-out samples: entropy, and agreement with the expert if known."""
+    samples = learner.held or learner.train[: settings.held_out_limit]
+    logits = predict(learner, samples, body.device, autocast(settings, body))
+    classes = logits.argmax(-1)
+    counts = torch.bincount(classes, minlength=logits.shape[-1])
+    result = {
+        "entropy": float(sample_entropy(logits).mean()),
+        "largest_class": float(counts.max() / len(classes)),
+    }
+    labels = learner.task.adapt.labels if learner.task.adapt is not None else None
+    if labels is not None:  # for the record alone: nothing is learned from it or chosen by it
+        right = classes == torch.tensor([labels[i] for i in samples])
+        result["accuracy"] = float(right.float().mean())
+    if all(i in learner.expert_logits for i in samples):
+        expert = torch.stack([learner.expert_logits[i] for i in samples])
+        wanted, found = expert.log_softmax(-1), logits.log_softmax(-1)
+        result["kl"] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        result["agreement"] = float((expert.argmax(-1) == classes).float().mean())
+        shares = torch.bincount(expert.argmax(-1), minlength=expert.shape[-1])
+        result["largest_class_of_expert"] = float(shares.max() / len(classes))
+    return result
 
 
 def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from ..errors import UsageError
 from ..recipe import Settings
 from ..run import Prepared, prepare
 from ..stream import Workers
+from ..surgery import Operation
 from ..tasks.task import Samples, Task
 from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
 from .coefficients import Layout, layout, load_coefficients
+from .layerwise import asked_for, distill
 from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
 from .settings import AdaptSettings, resolve
 from .stack import Stack, build_stack
 from .state import State, load_state, save_state
 from .store import VectorStore
+from .surgery import features, learn_operations
 
 Say = Callable[[str], None]
 
@@ -98,6 +102,7 @@ def begin(
         UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
     """
     objective = make_objective(settings)
+    options = asked_for(settings.start)
     make_optimizer(settings, torch.zeros(1, requires_grad=True))
     device = make_device(settings.device)
     vectors = prepared.vectors
@@ -111,17 +116,24 @@ def begin(
     if hashes is None:
         hashes = hash_files(inputs, workers)
     content = [content_of(weights, hashes) for weights in inputs]
-    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say)
-    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
-    store.scan()
-    if not store.entries():
-        raise UsageError("every expert is identical to the base: there is nothing to merge")
-    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
     body = Body(vectors, device) if body is None else body
     body.reset(vectors)
     ready = modules or {}
     learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
     data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
+    distilled = None
+    if options is not None:
+        known = (
+            [] if any(map(has_code, ordered)) else [content, data, settings.held_out, settings.held_out_limit]
+        )
+        distilled = distill(options, settings, prepared, body, learners, workers, known, say)
+        body.reset(vectors)
+    stack = build_stack(settings, vectors, workers, [str(item) for item in content], say, distilled)
+    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
+    store.scan()
+    if not store.entries():
+        raise UsageError("every expert is identical to the base: there is nothing to merge")
+    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
     dumped = settings.model_dump(exclude={"save_every", "budget"})
@@ -211,26 +223,69 @@ def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
     for number, learner in enumerate(session.learners):
         assert learner.task.adapt is not None
         held = learner.held or learner.train[: settings.held_out_limit]
-        samples = sorted({*learner.train, *held}) if session.objective.target == "expert" else list(held)
-        name = None
-        if learner.task.settings.get("kind", "module") != "module":  # what a module does has no fingerprint
-            expert = content[0], content[number + 1]
-            name = key(
-                "logits",
-                expert,
-                content_of_task(learner.task, learner.task.adapt),
-                samples,
-                settings.precision,
-            )
-        stored = cached_logits(name) if name is not None else None
-        if stored is None:
-            say(f"predictions of expert '{learner.task.name}' on {len(samples)} samples")
-            session.body.load_expert(session.prepared.vectors, learner.task.name)
-            stored = predict(learner, samples, session.body.device, autocast(settings, session.body))
-            if name is not None:
-                store_logits(name, stored)
+        learns = session.objective.target == "expert" and settings.steps > 0
+        samples = sorted({*learner.train, *held}) if learns else list(held)
+        ask = partial(predict, learner, samples, session.body.device, autocast(settings, session.body))
+        say_so = f"predictions of expert '{learner.task.name}' on {len(samples)} samples"
+        stored = _of_expert(session, content, number, ["logits", samples], ask, partial(say, say_so))
         learner.expert_logits = dict(zip(samples, stored, strict=True))
     session.body.reset(session.prepared.vectors)
+
+
+def operate_on(session: Session, merge: Callable[[], None], say: Say) -> dict[str, Operation]:
+    """Learn every task's surgery for a merged body, as the settings ask; none where they do not.
+
+    Args:
+        session: the run.
+        merge: makes the body the merged one.
+        say: told what is at work.
+    """
+    if session.settings.surgery is None:
+        return {}
+    inputs = [session.prepared.vectors.base, *session.prepared.vectors.experts.values()]
+    content = [content_of(weights, session.hashes) for weights in inputs]
+    settings, body = session.settings, session.body
+
+    numbers = {learner.task.name: number for number, learner in enumerate(session.learners)}
+
+    def of_expert(learner: Learner, at: str) -> Tensor:
+        number = numbers[learner.task.name]
+        look = partial(features, learner, at, learner.train, settings, body)
+        say_so = f"features of expert '{learner.task.name}' on {len(learner.train)} samples"
+        what = ["features", at, list(learner.train)]
+        return _of_expert(session, content, number, what, look, partial(say, say_so))
+
+    return learn_operations(session.learners, settings, session.prepared.plan, body, of_expert, merge, say)
+
+
+def _of_expert(
+    session: Session,
+    content: Sequence[Any],
+    number: int,
+    what: Sequence[Any],
+    compute: Callable[[], Tensor],
+    tell: Callable[[], None],
+) -> Tensor:
+    """What one expert makes of its inputs, from the cache where it is; the body may be left that expert."""
+    learner = session.learners[number]
+    name = None
+    if not has_code(learner.task):
+        expert = content[0], content[number + 1]
+        data = content_of_task(learner.task, learner.task.adapt)
+        name = key(what[0], expert, data, *what[1:], session.settings.precision)
+    stored = cached_tensor(name) if name is not None else None
+    if stored is None:
+        tell()
+        session.body.load_expert(session.prepared.vectors, learner.task.name)
+        stored = compute()
+        if name is not None:
+            store_tensor(name, stored)
+    return stored
+
+
+def has_code(task: Task) -> bool:
+    """Whether a task runs code of the user's, which has no fingerprint to cache results by."""
+    return task.settings.get("kind", "module") == "module"
 
 
 def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
@@ -244,24 +299,24 @@ def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
     return [samples.fingerprint, dict(task.settings), digest.hexdigest()]
 
 
-def cached_logits(name: str) -> Tensor | None:
-    """Logits stored under a key, or None."""
+def cached_tensor(name: str) -> Tensor | None:
+    """The tensor stored under a key, or None."""
     from safetensors.torch import load_file
 
     from .cache import cache_folder
 
     path = cache_folder() / f"{name}.safetensors"
     try:
-        return load_file(path)["logits"] if path.exists() else None
+        return load_file(path)["values"] if path.exists() else None
     except Exception:  # a damaged cache file is computed anew
         return None
 
 
-def store_logits(name: str, logits: Tensor) -> None:
-    """Store logits under a key."""
+def store_tensor(name: str, values: Tensor) -> None:
+    """Store a tensor under a key."""
     from ..weights import Spec
 
-    cached(name, {"logits": Spec(tuple(logits.shape), logits.dtype)}, lambda writer: writer.write(logits))
+    cached(name, {"values": Spec(tuple(values.shape), values.dtype)}, lambda writer: writer.write(values))
 
 
 def hash_files(inputs: Sequence[Weights], workers: Workers) -> dict[Path, str]:

@@ -39,7 +39,42 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper++": {"vectors": "ties"},
     # FusionBench's settings for CLIP.
     "fusionbench": {"steps": 1000, "clamp": "none"},
+    # Layer-wise distillation (arXiv 2502.12706) as a start, and nothing learned on top of it.
+    "prodistill": {
+        "start": "prodistill",
+        "granularity": "task",
+        "initial": 0.0,
+        "clamp": "none",
+        "objective": "agreement",
+        "steps": 0,
+        "group_by_length": True,
+        "precision": "auto",
+    },
+    # Representation Surgery (arXiv 2402.02705) over plain task arithmetic.
+    "surgery": {
+        "start": "task_arithmetic",
+        "granularity": "task",
+        "initial": 0.0,
+        "clamp": "none",
+        "objective": "agreement",
+        "steps": 0,
+        "group_by_length": True,
+        "precision": "auto",
+        "surgery": {},
+    },
 }
+
+
+class SurgerySettings(BaseModel):
+    """Settings of surgery on features. Defaults are the paper's (arXiv 2402.02705)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    rank: int = Field(16, ge=1, description="Width of the module between its two matrices.")
+    steps: int = Field(500, ge=0, description="Iterations.")
+    lr: float = Field(1e-3, gt=0, description="Adam's rate.")
+    batch_size: int = Field(16, ge=1, description="Inputs of a task a step.")
+    batches_per_step: int = Field(2, ge=1, description="Batches an iteration, each with a step of its own.")
 
 
 class AdaptSettings(BaseModel):
@@ -55,13 +90,19 @@ class AdaptSettings(BaseModel):
     )
     start: str | list[Any] | None = Field(
         None,
-        description="A method whose merged vector joins the stack with coefficient 1 (tsv_m, ties, ...).",
+        description="A method whose merged vector joins the stack with coefficient 1 (tsv_m, ties, ...), or "
+        "prodistill, which learns one block by block.",
     )
     vectors: str | list[Any] | None = Field(
         None,
         description="A method whose transform is applied to the task vectors first (ties for AdaMerging++).",
     )
     initial: float = Field(0.3, description="First value of the experts' coefficients.")
+    surgery: SurgerySettings | None = Field(
+        None,
+        description="Learn a small module for each task on the features before its head, after all else: "
+        "rank, steps, lr, batch_size, batches_per_step. The result is no single model.",
+    )
     coefficients: str | None = Field(
         None, description="File of coefficients of an earlier run to start from."
     )

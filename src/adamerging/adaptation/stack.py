@@ -18,6 +18,7 @@ from ..stream import Pipeline, Workers
 from ..task_vectors import TaskVectors
 from ..weights.source import Spec
 from .cache import cached, key
+from .layerwise import Distilled
 from .settings import AdaptSettings
 
 COMBINED = "combined"
@@ -33,6 +34,7 @@ class Stack:
         cached: rows computed beforehand, by tensor name ``(S', numel)``; they come first.
         experts: whether the experts' own task vectors follow.
         nbytes: size of the cached part.
+        learned: how many coefficients were learned to make it, where that took learning.
     """
 
     labels: tuple[str, ...]
@@ -40,6 +42,7 @@ class Stack:
     cached: Mapping[str, Tensor]
     experts: bool
     nbytes: int
+    learned: int = 0
 
 
 def build_stack(
@@ -48,6 +51,7 @@ def build_stack(
     workers: Workers,
     content: Sequence[str],
     say: Callable[[str], None],
+    distilled: Distilled | None = None,
 ) -> Stack:
     """Compute, or take from the cache, what the settings ask for beyond the plain task vectors.
 
@@ -57,12 +61,13 @@ def build_stack(
         workers: threads.
         content: hashes of the weights, for the cache's key.
         say: told what is computed, and the size of what is stored.
+        distilled: the combined row, where `start` was learned from data.
 
     Raises:
         UsageError: unknown methods or options; a transform that ends in one vector.
     """
     tasks = vectors.tasks
-    start = None if settings.start is None else parse(settings.start)
+    start = None if settings.start is None or distilled is not None else parse(settings.start)
     transform = None if settings.vectors is None else parse(settings.vectors)
     if transform is not None and (
         any(not stage.keeps_tasks for stage in transform.transform)
@@ -76,6 +81,9 @@ def build_stack(
     specs = {entry.name: Spec((depth, vectors.numel(entry)), vectors.dtype(entry)) for entry in entries}
     nbytes = sum(spec.nbytes for spec in specs.values())
     rows: Mapping[str, Tensor] = {}
+    learned = 0
+    if distilled is not None:
+        rows, nbytes, learned = distilled.rows, nbytes + distilled.nbytes, distilled.parameters
     if depth:
         stored = [settings.start, settings.vectors, vectors.weights, [entry.name for entry in entries]]
         say(
@@ -94,11 +102,13 @@ def build_stack(
                     factor = value_at(scale, entry.name, vectors.places[entry.name])
                     writer.write((torch.cat(pieces, 1) * factor).to(specs[entry.name].dtype).contiguous())
 
-        rows = cached(key("stack", stored, list(content)), specs, fill)
+        found = cached(key("stack", stored, list(content)), specs, fill)
+        rows = found if not rows else {name: torch.cat([row, found[name]]) for name, row in rows.items()}
     experts = transform is None or not transform.transform
-    labels = ((COMBINED,) if start is not None else ()) + tasks
-    initial = ((1.0,) if start is not None else ()) + (settings.initial,) * len(tasks)
-    return Stack(labels, initial, rows, experts, nbytes)
+    combined = settings.start is not None
+    labels = ((COMBINED,) if combined else ()) + tasks
+    initial = ((1.0,) if combined else ()) + (settings.initial,) * len(tasks)
+    return Stack(labels, initial, rows, experts, nbytes, learned)
 
 
 def parse(text: str | Sequence[Any]) -> Method:

@@ -81,10 +81,11 @@ def _show(result: AdaptResult, as_json: bool) -> None:
         return
     console = show.console()
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
+    by = record["adapt"]["objective"] if record["adapt"]["steps"] else record["method"]
+    count = record["parameters"] or record["coefficients"]
     console.print(
-        f"Learned {record['coefficients']} coefficients for {len(record['experts'])} experts by "
-        f"{record['adapt']['objective']}{said}, and merged into {out}: "
-        f"{show.size(nbytes)} in {show.duration(record['seconds'])}.",
+        f"Learned {count} coefficients for {len(record['experts'])} experts by {by}{said}, and merged into "
+        f"{out}: {show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
     )
     if record["start"] is not None and record["end"] is not None:
@@ -119,6 +120,7 @@ def _checks(record: Mapping[str, Any]) -> Any:
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from ..adaptation.adapt import tasks_of
     from ..adaptation.estimate import estimate_adaptation
+    from ..adaptation.layerwise import asked_for
     from ..adaptation.settings import resolve
     from ..run import check_out, prepare_recipe
 
@@ -135,11 +137,20 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         )
         return
     console = show.console()
-    console.print(
-        f"Would learn {settings.granularity}-wise coefficients for {', '.join(prepared.vectors.tasks)} by "
-        f"{settings.objective}, in {found.steps} steps.",
-        soft_wrap=True,
-    )
+    named = ", ".join(prepared.vectors.tasks)
+    options = asked_for(settings.start)
+    if options is not None:
+        console.print(
+            f"Would distil {named} block by block, in {options.epochs} epochs of {options.samples} inputs of "
+            "each at most.",
+            soft_wrap=True,
+        )
+    if options is None or found.steps:
+        console.print(
+            f"Would learn {settings.granularity}-wise coefficients for {named} by {settings.objective}, in "
+            f"{found.steps} steps.",
+            soft_wrap=True,
+        )
     console.print()
     console.print(treatments(prepared.plan))
     console.print()

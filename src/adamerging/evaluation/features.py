@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..plan import Plan
-from ..tasks.capture import inputs_of
+from ..tasks.capture import head_parts, inputs_of
 from ..tasks.task import Inputs, Samples, Task
 from .inference import logits_of
 
@@ -58,7 +58,7 @@ def features(host: Host, module: nn.Module, inputs: Inputs) -> Tensor:
     if host.task.features is not None:
         found = host.task.features(module, inputs)
     else:
-        head = _head_parts(module, host.head)
+        head = head_parts(module, host.head)
         linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
         with inputs_of(head or linear) as seen:
             host.task.forward(module, inputs)
@@ -86,17 +86,6 @@ def features_of(
 
     task = replace(host.task, forward=lambda module, inputs: features(host, module, inputs))
     return logits_of(module, task, samples, batch_size=batch_size, device=device)
-
-
-def _head_parts(module: nn.Module, head: Collection[str]) -> list[nn.Module]:
-    """The parts of a model that own tensors of its head, whatever the files call them."""
-    named = module.state_dict(keep_vars=True)
-    owned = {id(tensor) for name, tensor in named.items() if name in head}
-    return [
-        part
-        for part in module.modules()
-        if any(id(tensor) in owned for tensor in (*part._parameters.values(), *part._buffers.values()))
-    ]
 
 
 def _one_vector(found: Tensor, inputs: Inputs, task: str) -> Tensor:

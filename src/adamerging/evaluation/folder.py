@@ -15,6 +15,7 @@ from ..adaptation.session import make_device
 from ..errors import UsageError
 from ..output.folder import RECORD
 from ..serving import load
+from ..surgery import Operation
 from ..tasks.resolve import make_task
 from ..tasks.spec import TaskSpec
 from ..tasks.task import Task
@@ -35,10 +36,12 @@ class _Opened:
     Attributes:
         tasks: those it has heads for; None where it has one head, for whatever task it is given.
         parts: for a task its own weights, the body's, and what the folder says of the task.
+        operation: what is done to a task's features before its head, where there is such a part.
     """
 
     tasks: tuple[str, ...] | None
     parts: Callable[[str], tuple[Weights, Weights, Mapping[str, Any]]]
+    operation: Callable[[str], Operation | None] = lambda _: None
 
 
 def evaluate(
@@ -86,9 +89,9 @@ def evaluate(
             )
     scores, prints = [], {}
     where = make_device(device)
-    for name, task, module in _ready(opened, specs):
+    for name, task, module, mark in _ready(opened, specs, where):
         say(f"scores: {name}")
-        prints[name] = fingerprint(module.state_dict())
+        prints[name] = fingerprint(module.state_dict()) + mark
         scores.append(_score(task, module.to(where), prints[name], where, limit, bootstrap))
     whole = next(iter(prints.values())) if opened.tasks is None else None
     return Row(label=str(folder), kind="plain", scores=scores, fingerprint=whole)
@@ -107,7 +110,7 @@ def tasks_of(folder: str | Path) -> tuple[str, ...] | None:
 def _open(path: Path, base: Any) -> _Opened:
     if _was_merged(path):
         merged = load(path)
-        return _Opened(merged.tasks, merged.parts)
+        return _Opened(merged.tasks, merged.parts, merged.operation)
     own_base = open_weights(base) if base is not None else None
     weights = open_weights(path, base=own_base)
     if weights.low_rank and own_base is None:
@@ -127,14 +130,19 @@ def _was_merged(path: Path) -> bool:
     return not isinstance(found, dict) or found.get("kind") != "export"
 
 
-def _ready(opened: _Opened, specs: Mapping[str, TaskSpec]) -> Iterator[tuple[str, Task, nn.Module]]:
-    """The tasks with their modules, one model in memory at a time."""
+def _ready(
+    opened: _Opened, specs: Mapping[str, TaskSpec], where: torch.device
+) -> Iterator[tuple[str, Task, nn.Module, str]]:
+    """The tasks with their modules and what marks their parts, one model in memory at a time."""
     for name, spec in specs.items():
         part, body, stated = opened.parts(name)
         known = {key: value for key, value in stated.items() if key in TaskSpec.model_fields}
         given = spec.model_dump(exclude_unset=True)
         task = make_task(name, TaskSpec.model_validate({**known, **given}), part, body)
-        yield name, task, task.skeleton(part, body)
+        module, operation = task.skeleton(part, body), opened.operation(name)
+        if operation is not None:
+            task = operation.attach(task, module.to(where), part, body)
+        yield name, task, module, operation.fingerprint if operation is not None else ""
 
 
 def _score(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.adapt import run_warnings
+from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, run_warnings
 from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
 from ..adaptation.loop import Learner, estimate_statistics
@@ -19,6 +21,8 @@ from ..errors import UsageError
 from ..masks import fill_task, task_scales
 from ..merging import check_method
 from ..run import Prepared, merge_into, statistics_warning
+from ..surgery import PER_TASK as PER_TASK_PART
+from ..surgery import Operation
 from ..tasks.task import Task
 from .bench import Bench
 from .entries import Candidate
@@ -43,6 +47,7 @@ class Made:
         parameters: how many numbers that is.
         own: makes the body the model of one task, where each task has one; again a merged body with a task
             that none was made for.
+        operations: what is done to the features of a task before its head, where each task has such a part.
     """
 
     again: Callable[[], None]
@@ -54,19 +59,38 @@ class Made:
     parameters: int | None = None
     seconds: float = field(default=0.0)
     own: Callable[[str], None] | None = None
+    operations: Mapping[str, Operation] = field(default_factory=dict)
 
-    def model_for(self, task: str, bench: Bench, model: str) -> str:
-        """Get the body ready to be scored on a task; its fingerprint.
+    @property
+    def per_task(self) -> bool:
+        """Whether each task has a model, or a part of one, of its own."""
+        return self.own is not None or bool(self.operations)
+
+    @contextmanager
+    def model_for(self, task: str, bench: Bench, model: str) -> Iterator[str]:
+        """Get the body ready to be scored on a task, and back; gives its fingerprint.
 
         Args:
             task: that comes next.
             bench: with the body.
             model: fingerprint of the body as it was made.
         """
-        if self.own is None:
-            return model
-        self.own(task)
-        return bench.fingerprint()
+        if self.own is not None:
+            self.own(task)
+            model = bench.fingerprint()
+        operation = self.operations.get(task)
+        if operation is None:
+            yield model
+            return
+        vectors, seat = bench.prepared.vectors, bench.seats[task]
+        own = operation.attach(seat.task, seat.module, vectors.experts[task], vectors.base)
+        bench.seats[task] = replace(seat, task=own)
+        try:
+            operation.on = True
+            yield f"{model} {operation.fingerprint}"
+        finally:
+            operation.detach()
+            bench.seats[task] = seat
 
 
 @dataclass(frozen=True)
@@ -205,21 +229,21 @@ class Maker:
             bench.body.clear_gradients()
         applied = state.values.clamp(0, 1) if settings.clamp == "forward" else state.values
 
-        def again() -> None:
-            bench.body.reset(prepared.vectors)
-            session.store.materialise(bench.body.tensors, applied, session.where)
-            bench.body.load_statistics(state.statistics)
-
+        again = partial(fill_merged, session, state, applied)
+        operations = add_operations(session, state, applied, self.say)
+        for operation in operations.values():
+            operation.detach()
         again()
         return Made(
             again,
             adapted=True,
             labelled=session.objective.target == "labels",
-            warnings=run_warnings(session, state, applied),
+            warnings=[*run_warnings(session, state, applied), *([PER_TASK_PART] if operations else [])],
             history=state.history,
             coefficients=_coefficients(session, table(applied, session.where)),
-            parameters=applied.numel(),
+            parameters=learned_parameters(session, state, operations),
             seconds=time.perf_counter() - started,
+            operations=operations,
         )
 
     def _timed(self, fill: Callable[[], None]) -> Made:

@@ -67,6 +67,12 @@ def _data_note(record: Mapping[str, Any]) -> str:
             "Each task has **weights of its own**, made from one vector and its mask in `masks/` "
             "when the folder is opened with the task's name. The body by itself is no multi-task model."
         )
+    if record.get("parts"):
+        notes.append(
+            "Each task has **a small module of its own** before its head (representation surgery), in "
+            "`parts/`. It acts when the folder is opened with the task's name; the body by itself is the "
+            "merge without."
+        )
     if record.get("labelled"):
         notes.append("The coefficients were learned from **labelled** data.")
     if record.get("transductive"):

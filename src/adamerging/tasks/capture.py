@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,3 +24,14 @@ def inputs_of(parts: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def head_parts(module: nn.Module, head: Collection[str]) -> list[nn.Module]:
+    """The parts of a model that own tensors of its head, whatever the files call them."""
+    named = module.state_dict(keep_vars=True)
+    owned = {id(tensor) for name, tensor in named.items() if name in head}
+    return [
+        part
+        for part in module.modules()
+        if any(id(tensor) in owned for tensor in (*part._parameters.values(), *part._buffers.values()))
+    ]

@@ -1,0 +1,341 @@
+"""Layer-wise distillation: against a plain float64 reference, through every entrance, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+
+import adamerging as am
+from adamerging.adaptation.adapt import adapt
+from adamerging.adaptation.batches import generator
+from adamerging.adaptation.elementwise import ElementwiseAdam
+from adamerging.adaptation.layerwise import asked_for
+from adamerging.tasks.task import Samples, Task
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAMERGING_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# --- Adam on coefficients that are not held
+
+
+@limits(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 70), st.integers(1, 6), st.sampled_from([1e-3, 0.05]), st.integers(0, 9)
+)
+def test_it_is_adam_on_a_coefficient_for_every_value(experts, size, steps, lr, seed):
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(size, generator=g, dtype=torch.float64)
+    vectors = (
+        torch.randn(experts, size, generator=g, dtype=torch.float64) * 10.0 ** -torch.arange(experts)[:, None]
+    )
+    vectors[0, 0] = 0
+    alpha = torch.full((experts, size), 0.3, dtype=torch.float64, requires_grad=True)
+    reference = torch.optim.Adam([alpha], lr=lr)
+    merged = base + 0.3 * vectors.sum(0)
+    ours = ElementwiseAdam(merged, vectors.abs(), lr)
+    for _ in range(steps):
+        gradient = torch.randn(size, generator=g, dtype=torch.float64) * 1e-3
+        ours.step(gradient, piece=16)
+        alpha.grad = gradient * vectors
+        reference.step()
+        wanted = base + (alpha.detach() * vectors).sum(0)
+        torch.testing.assert_close(merged, wanted, rtol=0, atol=1e-12)
+
+
+def test_what_has_no_gradient_stays():
+    merged = torch.randn(5, dtype=torch.float64)
+    before = merged.clone()
+    ours = ElementwiseAdam(merged, torch.rand(2, 5, dtype=torch.float64), 0.1)
+    ours.step(torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(merged, before)
+
+
+# --- a whole run, in float64
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+
+    def forward(self, hidden, *, shift):
+        return (hidden + torch.tanh(self.two(torch.tanh(self.one(hidden) + shift))), None)
+
+
+class Chain(nn.Module):
+    """An entrance, blocks that feed each other, a norm, and a head."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.layers = nn.ModuleList([Block() for _ in range(3)])
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        for number, block in enumerate(self.layers):
+            hidden = block(hidden, shift=0.1 * number)[0]
+        return self.head(self.norm(hidden))
+
+
+def family(count=3, dtype=torch.float64, model=Chain):
+    torch.manual_seed(0)
+    base = model().to(dtype).eval()
+    experts = {}
+    for number in range(count):
+        expert = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        experts[f"task{number}"] = expert
+    return base, experts
+
+
+def task_of(name, expert, samples=20, dtype=torch.float64):
+    g = torch.Generator().manual_seed(sum(map(ord, name)))
+    inputs = torch.randn(samples, 4, generator=g, dtype=dtype)
+    return Task(
+        name,
+        skeleton=lambda _, __: copy.deepcopy(expert),
+        forward=lambda module, batch: module(batch["x"]),
+        collate=lambda rows: {"x": torch.stack(list(rows))},
+        adapt=Samples(list(inputs), None, name, hashlib.sha256(inputs.numpy().tobytes()).hexdigest()),
+    )
+
+
+def distilled(base, experts, tasks=None, **options):
+    tasks = tasks or [task_of(name, expert) for name, expert in experts.items()]
+    return adapt(
+        base,
+        experts,
+        tasks,
+        preset="prodistill",
+        start=[{"prodistill": options}],
+        merge={"heads": ["head.*"]},
+    )
+
+
+def part(module, prefix):
+    return {n.removeprefix(prefix): p.detach() for n, p in module.named_parameters() if n.startswith(prefix)}
+
+
+def reference(base, experts, tasks, *, samples, epochs, batch_size, lr, initial=0.3, outside="mean", seed=0):
+    """Block by block, with torch's Adam on all coefficients and plain autograd."""
+    share = initial if outside == "initial" else 1 / len(experts)
+    merged = {}
+    for prefix in ("embed.", "norm."):
+        own = part(base, prefix)
+        for name, value in own.items():
+            merged[prefix + name] = value + share * sum(
+                part(e, prefix)[name] - value for e in experts.values()
+            )
+    batches = {}
+    for task in tasks:
+        order = generator(seed, task.name, "prodistill").permutation(len(task.adapt))[:samples]
+        picked = torch.stack([task.adapt.inputs[i] for i in order])
+        ours = functional_call(
+            base.embed,
+            {n.removeprefix("embed."): v for n, v in merged.items() if n.startswith("embed.")},
+            (picked,),
+        )
+        theirs = experts[task.name].embed(picked)
+        batches[task.name] = [
+            [ours[i : i + batch_size].detach(), theirs[i : i + batch_size].detach()]
+            for i in range(0, len(order), batch_size)
+        ]
+    for number, block in enumerate(base.layers):
+        prefix, shift = f"layers.{number}.", {"shift": 0.1 * number}
+        for name, own in batches.items():
+            for batch in own:
+                batch[1] = experts[name].layers[number](batch[1], **shift)[0].detach()
+        own = part(base, prefix)
+        taus = {n: torch.stack([part(e, prefix)[n] - v for e in experts.values()]) for n, v in own.items()}
+        alphas = {n: torch.full_like(tau, initial, requires_grad=True) for n, tau in taus.items()}
+        optimizer = torch.optim.Adam(alphas.values(), lr=lr)
+
+        def weights(own=own, alphas=alphas, taus=taus):
+            return {n: v + (alphas[n] * taus[n]).sum(0) for n, v in own.items()}
+
+        for epoch in range(epochs):
+            orders = {
+                n: generator(seed, n, f"layers.{number}", epoch).permutation(len(b))
+                for n, b in batches.items()
+            }
+            for step in range(max(len(b) for b in batches.values())):
+                total = 0
+                for name, mine in batches.items():
+                    hidden, target = mine[orders[name][step % len(mine)]]
+                    found = functional_call(block, weights(), (hidden,), shift)[0]
+                    total = total + (found - target).square().sum()
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+        final = {n: v.detach() for n, v in weights().items()}
+        merged |= {prefix + n: v for n, v in final.items()}
+        for mine in batches.values():
+            for batch in mine:
+                batch[0] = functional_call(block, final, (batch[0],), shift)[0].detach()
+    return merged
+
+
+@pytest.mark.parametrize("outside", ["mean", "initial"])
+def test_a_run_is_that_of_the_reference(outside):
+    base, experts = family()
+    tasks = [task_of(name, expert, 12 + 6 * n) for n, (name, expert) in enumerate(experts.items())]
+    options = {"samples": 15, "epochs": 4, "batch_size": 4, "lr": 0.05, "outside": outside}
+    found = distilled(base, experts, tasks, **options)
+    wanted = reference(base, experts, tasks, **options)
+    assert set(wanted) == {name for name in found.body.tensors if not name.startswith("head.")}
+    for name, value in wanted.items():
+        torch.testing.assert_close(found.body.tensors[name].detach(), value, rtol=0, atol=1e-9)
+    sizes = sum(v.numel() for n, v in wanted.items() if n.startswith("layers."))
+    assert found.record["parameters"] == 3 * sizes
+    assert found.record["method"] == "ProDistill"
+
+
+def test_without_epochs_blocks_are_the_start_and_the_rest_the_mean():
+    base, experts = family()
+    found = distilled(base, experts, epochs=0, initial=0.4).body.tensors
+    own = {**dict(base.named_parameters())}
+    for name, value in found.items():
+        if name.startswith("head."):
+            continue
+        share = 0.4 if name.startswith("layers.") else 1 / 3
+        total = own[name] + share * sum(
+            dict(e.named_parameters())[name] - own[name] for e in experts.values()
+        )
+        torch.testing.assert_close(value.detach(), total.detach(), rtol=0, atol=1e-12)
+
+
+def test_identical_experts_are_kept():
+    base, experts = family(1)
+    same = {f"task{n}": copy.deepcopy(experts["task0"]) for n in range(3)}
+    found = distilled(base, same, epochs=3, initial=1 / 3, lr=0.1).body.tensors
+    for name, value in same["task0"].named_parameters():
+        if not name.startswith("head"):
+            torch.testing.assert_close(found[name].detach(), value.detach(), rtol=0, atol=1e-9)
+
+
+def test_it_comes_closer_to_the_experts_than_its_start():
+    base, experts = family()
+    tasks = [task_of(name, expert) for name, expert in experts.items()]
+
+    def distance(result):
+        total = 0.0
+        for learner, expert in zip(result.learners, experts.values(), strict=True):
+            x = torch.stack(list(learner.task.adapt.inputs))
+            total += float((learner.module(x) - expert(x)).square().sum())
+        return total
+
+    start, end = (distance(distilled(base, experts, tasks, epochs=n, lr=0.05)) for n in (0, 40))
+    assert end < 0.5 * start
+
+
+def test_inputs_are_not_changed_and_a_run_repeats():
+    base, experts = family(dtype=torch.float32)
+    tasks = [task_of(name, expert, dtype=torch.float32) for name, expert in experts.items()]
+    before = {n: copy.deepcopy(m.state_dict()) for n, m in {"base": base, **experts}.items()}
+    one, two = (distilled(base, experts, tasks, epochs=2) for _ in range(2))
+    for name, module in {"base": base, **experts}.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in module.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in module.parameters())
+    assert all(torch.equal(one.body.tensors[n], two.body.tensors[n]) for n in one.body.tensors)
+
+
+def test_coefficients_may_be_learned_on_top():
+    base, experts = family(dtype=torch.float32)
+    tasks = [task_of(name, expert, dtype=torch.float32) for name, expert in experts.items()]
+    found = adapt(
+        base, experts, tasks, preset="prodistill", start=[{"prodistill": {"epochs": 2}}], steps=3,
+        granularity="tensor", merge={"heads": ["head.*"]},
+    )  # fmt: skip
+    assert found.layout.rows[0] == "combined"
+    assert float(found.values[1:].abs().max()) > 0
+    assert found.record["method"] == "learned coefficients (agreement)"
+    assert found.record["parameters"] == found.record["coefficients"] + 3 * 3 * (6 * 6 * 2 + 6)
+
+
+class Between(Chain):
+    """Something else happens between two blocks."""
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        for number, block in enumerate(self.layers):
+            hidden = torch.relu(block(hidden, shift=0.1 * number)[0])
+        return self.head(self.norm(hidden))
+
+
+class Twice(Chain):
+    def forward(self, x):
+        hidden = self.embed(x)
+        for block in [*self.layers, self.layers[0]]:
+            hidden = block(hidden, shift=0.0)[0]
+        return self.head(self.norm(hidden))
+
+
+class Idle(Chain):
+    def forward(self, x):
+        return self.head(self.norm(self.embed(x)))
+
+
+class Split(Chain):
+    """Its blocks' parts are called one by one."""
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        for block in self.layers:
+            hidden = block.two(block.one(hidden))
+        return self.head(self.norm(hidden))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Between, "what goes into block 'layers.1' is not what 'layers.0' gives"),
+        (Twice, "block 'layers.0' runs more than once"),
+        (Idle, "none of its blocks runs"),
+        (Split, "none of its blocks runs"),
+    ],
+)
+def test_models_whose_blocks_do_not_follow_each_other_are_refused(model, said):
+    base, experts = family(2, model=model)
+    with pytest.raises(am.UsageError, match=f"task 'task0': {said}.*adapt: recommended"):
+        distilled(base, experts, epochs=1)
+
+
+def test_a_model_without_blocks_is_refused():
+    base, experts = family(2, model=lambda: nn.ModuleDict({"body": nn.Linear(4, 6), "head": nn.Linear(6, 3)}))
+    with pytest.raises(am.UsageError, match="no tensor's name tells of blocks"):
+        distilled(base, experts, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (["prodistill", "ties"], "stands alone"),
+        ([{"prodistill": {"epoch": 3}}], "unknown key 'epoch', did you mean 'epochs'"),
+        ([{"prodistill": {"lr": -1.0}}], "lr"),
+    ],
+)
+def test_starts_that_are_none_are_refused(start, said):
+    with pytest.raises(am.UsageError, match=said):
+        asked_for(start)
+
+
+def test_other_starts_are_no_matter_here():
+    assert asked_for(None) is None
+    assert asked_for("tsv_m") is None
+    assert asked_for(["prodistill"]) == asked_for("prodistill")
