@@ -17,7 +17,7 @@ from .masks import masked_names, restored
 from .output.companions import companions
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import write_tensors
-from .surgery import Operation, read_part
+from .surgery import Operation, has_parts, read_part
 from .tasks.data import DataKind, Fields, check_inputs, read_samples
 from .tasks.huggingface import PART, quiet
 from .tasks.image_classification import image_task
@@ -184,7 +184,7 @@ class MergedModel:
     def operation(self, task: str) -> Operation | None:
         """What is done to a task's features before its head, if the folder has parts. Raises as `module`."""
         self._check(task)
-        return read_part(self.folder, task) if "parts" in self.record else None
+        return read_part(self.folder, task) if has_parts(self.record) else None
 
     def _check(self, task: str) -> None:
         if task not in self.tasks:
@@ -332,7 +332,7 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
             f"task '{task}' is of kind {kind}, for which transformers has no classifier to write; "
             f"{folder} itself holds the body, and heads/{task} what belongs to the task"
         )
-    if "parts" in merged.record:
+    if has_parts(merged.record):
         raise UsageError(
             f"task '{task}' has a part before its head (surgery) with a ReLU in it, which no weights of an "
             f"ordinary model can take in: open the folder itself, adamerging.load({str(folder)!r})"

@@ -98,6 +98,11 @@ class Operation:
         self._stack.close()
 
     @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(tensor.numel() for tensor in self.module.parameters())
+
+    @property
     def fingerprint(self) -> str:
         """Of its values and its place."""
         digest = hashlib.sha256(self.at.encode())
@@ -166,7 +171,14 @@ def head_name(task: Task, model: nn.Module, head: Collection[str], inputs: Input
             "there are no features to operate on"
         )
     found = seen[0] if own else seen[-1]
-    return next(name for name, part in model.named_modules() if part is found)
+    names: dict[int, str] = {id(part): name for name, part in model.named_modules()}
+    return names[id(found)]
+
+
+def has_parts(record: Mapping[str, Any]) -> bool:
+    """Whether a folder, by its record, was written with surgery."""
+    parts = record.get("parts")
+    return isinstance(parts, Mapping) and parts.get("kind") == KIND
 
 
 def part_file(task: str) -> str:

@@ -230,7 +230,9 @@ def test_parts_that_are_none_are_refused(damage, merged, root, cli, tmp_path):
     elif damage == "of another kind":
         save_file(tensors, path)
     elif damage == "of another shape":
-        save_file({"down": tensors["down"], "up": tensors["down"]}, path, {"kind": "surgery", "at": "x"})
+        save_file(
+            {"down": tensors["down"], "up": tensors["down"].clone()}, path, {"kind": "surgery", "at": "x"}
+        )
     ended = cli("predict", tmp_path / "m", "films", "word1")
     assert ended.code == 3
     assert "films" in ended.err

@@ -13,10 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
+from ..output.folder import OutputFolder
 from ..recipe import Recipe, Settings
 from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
-from ..surgery import KIND, PER_TASK, Operation, write_parts
+from ..surgery import KIND as SURGERY
+from ..surgery import PER_TASK, Operation, write_parts
 from ..tasks.data import refuse_overlap
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
@@ -24,6 +26,9 @@ from ..validation import make
 from .batchnorm import batchnorm_layers
 from .body import Body
 from .coefficients import Layout, table
+from .heads import KIND as HEADS
+from .heads import SAID as LEARNED_HEADS
+from .heads import LearnedHead, write_learned
 from .layerwise import asked_for
 from .loop import InterruptedRun, Learner, check_task, estimate_statistics
 from .monitor import unused, warnings_of
@@ -31,10 +36,12 @@ from .scoring import average_into, score
 from .session import Say, Session, begin, first_values, learn, open_session, operate_on
 from .settings import AdaptSettings, resolve
 from .state import State
-from .surgery import parameters
 from .write import work_folder, write_folder, write_record
 
 __all__ = ["AdaptResult", "adapt", "adapt_recipe", "open_session", "run_adaptation"]
+
+Parts = Mapping[str, Operation] | Mapping[str, LearnedHead]
+"""What each task has of its own, by task."""
 
 Callback = Callable[[Mapping[str, Any]], None]
 
@@ -171,7 +178,8 @@ def run_adaptation(
                 folder.require(prepared.nbytes)
                 record["outputs"] = write_folder(
                     folder, prepared, session.body.tensors, applied, session.where, state.history, tasks
-                ) | write_parts(folder, operations)
+                )
+                record["outputs"] |= write_own(folder, operations)
                 write_record(folder, record)
                 folder.commit()
             if work is not None:
@@ -189,8 +197,14 @@ def fill_merged(session: Session, state: State, applied: Tensor) -> None:
     session.body.load_statistics(state.statistics)
 
 
-def add_operations(session: Session, state: State, applied: Tensor, say: Say) -> dict[str, Operation]:
-    """Learn every task's surgery where the settings ask for it, attach it (off) and check what it does."""
+def add_operations(
+    session: Session, state: State, applied: Tensor, say: Say
+) -> dict[str, Operation] | dict[str, LearnedHead]:
+    """What each task has of its own, attached and off: its learned head, or surgery that is learned here."""
+    if session.heads:
+        for head in session.heads.values():
+            head.on = False
+        return dict(session.heads)
     operations = operate_on(session, partial(fill_merged, session, state, applied), say)
     if not operations:
         return operations
@@ -206,7 +220,7 @@ def add_operations(session: Session, state: State, applied: Tensor, say: Say) ->
         for operation in operations.values():
             operation.detach()
         raise
-    state.history.append({"step": chosen_step(session, state), "check": checks, "part": KIND})
+    state.history.append({"step": chosen_step(session, state), "check": checks, "part": "surgery"})
     return operations
 
 
@@ -215,7 +229,7 @@ def score_session(
     state: State,
     applied: Tensor,
     say: Say,
-    operations: Mapping[str, Operation] | None = None,
+    operations: Parts | None = None,
 ) -> dict[str, Any] | None:
     """Score base, experts, average, start and merged model; the body ends as the merged one."""
     body, vectors, learners = session.body, session.prepared.vectors, session.learners
@@ -257,7 +271,7 @@ def adapt_record(
     applied: Tensor,
     started: float,
     transductive: bool,
-    operations: Mapping[str, Operation],
+    operations: Parts,
 ) -> dict[str, Any]:
     """What ``run.json`` holds: a merge's record, and how the coefficients were learned."""
     settings = session.settings
@@ -267,7 +281,7 @@ def adapt_record(
         learner.task.name: {
             "source": learner.task.adapt.source,
             "fingerprint": learner.task.adapt.fingerprint,
-            "learned_from": len(learner.train),
+            "learned_from": learned_from(settings, learner),
             "held_out": len(learner.held),
         }
         for learner in session.learners
@@ -289,13 +303,17 @@ def adapt_record(
         "cached_bytes": session.stack.nbytes,
         "coefficients": state.values.numel(),
         "parameters": learned_parameters(session, state, operations),
-        **({"parts": {"kind": KIND, "parameters": parameters(operations.values())}} if operations else {}),
+        **(
+            {"parts": {"kind": kind_of(session), "parameters": own_parameters(operations)}}
+            if operations
+            else {}
+        ),
         "step": chosen,
         "start": checks[0] if checks else None,
         "end": next((check for check in reversed(checks) if check["step"] == chosen), None),
         "data": data,
         "seed": settings.seed,
-        "warnings": [*run_warnings(session, state, applied), *([PER_TASK] if operations else [])],
+        "warnings": [*run_warnings(session, state, applied), *own_warnings(session)],
     }
 
 
@@ -307,13 +325,47 @@ def method_name(settings: AdaptSettings) -> str:
     if settings.steps == 0 and ended:
         return ended[0]
     name = "AdaMerging" if settings.objective == "entropy" else f"learned coefficients ({settings.objective})"
+    if settings.heads == "learned":
+        name = "SyMerge" if settings.objective == "self_labels" else f"{name} and heads"
     return " + ".join([name, *ended])
 
 
-def learned_parameters(session: Session, state: State, operations: Mapping[str, Operation]) -> int:
+def write_own(folder: OutputFolder, operations: Parts) -> dict[str, str]:
+    """Write the tasks' own parts; sha256 by file name."""
+    heads = {task: part for task, part in operations.items() if isinstance(part, LearnedHead)}
+    others = {task: part for task, part in operations.items() if isinstance(part, Operation)}
+    return write_learned(folder, heads) | write_parts(folder, others)
+
+
+def kind_of(session: Session) -> str:
+    """What kind of a part each task has of its own."""
+    return HEADS if session.heads else SURGERY
+
+
+def own_parameters(operations: Parts) -> int:
+    """How many numbers the tasks' own parts hold."""
+    return sum(operation.parameters for operation in operations.values())
+
+
+def own_warnings(session: Session) -> list[str]:
+    """What a reader should know of the tasks' own parts."""
+    if session.heads:
+        return [LEARNED_HEADS]
+    return [PER_TASK] if session.settings.surgery is not None else []
+
+
+def learned_from(settings: AdaptSettings, learner: Learner) -> int:
+    """How many of a task's samples anything was learned from."""
+    options = asked_for(settings.start)
+    if options is not None and not settings.steps and settings.surgery is None:
+        return min(options.samples, len(learner.train))
+    return len(learner.train)
+
+
+def learned_parameters(session: Session, state: State, operations: Parts) -> int:
     """How many numbers were learned from data, those of the start and of the tasks' parts included."""
     coefficients = state.values.numel() if session.settings.steps else 0
-    return session.stack.learned + coefficients + parameters(operations.values())
+    return session.stack.learned + coefficients + own_parameters(operations)
 
 
 def chosen_step(session: Session, state: State) -> int:

@@ -9,11 +9,10 @@ from ..run import Prepared
 from ..tasks.task import Task
 from .batches import split
 from .cache import cache_folder
-from .coefficients import layout
+from .coefficients import COMBINED, layout
 from .layerwise import asked_for, sizes
 from .session import make_objective, match_tasks
 from .settings import AdaptSettings
-from .stack import COMBINED
 
 
 @dataclass(frozen=True)

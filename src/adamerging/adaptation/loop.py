@@ -23,6 +23,9 @@ from .settings import AdaptSettings
 from .state import State, optimizer_tensors, restore_optimizer
 from .store import VectorStore
 
+_HEAD = "head/"
+"""What stands before the names of heads in the best state."""
+
 
 class NonFiniteLossError(AdamergingError):
     """The loss of a task became NaN or infinite; the state before that step is kept."""
@@ -84,6 +87,7 @@ class Loop:
         state: where to start; changed in place.
         save: called every so often and at an interruption.
         callback: told of every record of the history.
+        heads: tensors of heads that are learned too, by task and name; they lie in the tasks' models.
     """
 
     settings: AdaptSettings
@@ -95,6 +99,7 @@ class Loop:
     state: State
     save: Callable[[State], None] = lambda _: None
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> State:
         """Run to the last step; the body ends as the state that is returned.
@@ -105,7 +110,8 @@ class Loop:
         """
         settings, state = self.settings, self.state
         values = state.values.detach().clone().requires_grad_(True)
-        optimizer = make_optimizer(settings, values)
+        self._put(state.heads)
+        optimizer = make_optimizer(settings, values, *self.heads.values())
         restore_optimizer(optimizer, state.optimizer)
         self.body.train_only({entry.name for entry in self.store.entries()})
         try:
@@ -116,8 +122,8 @@ class Loop:
                 if state.step % settings.check_every == 0:
                     self._check(state)
                 self._step(values, optimizer, state)
-                after = values.detach().clone(), optimizer_tensors(optimizer), state.step + 1
-                state.values, state.optimizer, state.step = after
+                after = values.detach().clone(), optimizer_tensors(optimizer), self._taken(), state.step + 1
+                state.values, state.optimizer, state.heads, state.step = after
             self._merge(values, state)
             self._save(state)
             self._check(state)
@@ -132,8 +138,21 @@ class Loop:
         self.body.train_only(set())
         if settings.keep == "best" and state.best:
             state.values = state.best["values"]
+            kept = {name.removeprefix(_HEAD): t for name, t in state.best.items() if name.startswith(_HEAD)}
+            state.heads = kept
+            self._put(kept)
             self._merge(state.values, state)
         return state
+
+    def _put(self, heads: Mapping[str, Tensor]) -> None:
+        """Write these values into the tasks' heads."""
+        with torch.no_grad():
+            for name, value in heads.items():
+                self.heads[name].copy_(value)
+
+    def _taken(self) -> dict[str, Tensor]:
+        """A copy of the heads as they are."""
+        return {name: tensor.detach().clone() for name, tensor in self.heads.items()}
 
     def _save(self, state: State) -> None:
         """Save what is needed to do the current step anew."""
@@ -164,6 +183,7 @@ class Loop:
         settings, device = self.settings, self.body.device
         started = time.perf_counter()
         self.body.clear_gradients()
+        optimizer.zero_grad()
         losses: dict[str, float] = {}
         with autocast(self.settings, self.body):
             for learner in self.learners:
@@ -184,7 +204,6 @@ class Loop:
                     name = learner.task.name
                     losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
         effective = self.effective(values)
-        optimizer.zero_grad()
         if effective.requires_grad:
             gradient = self.store.pull_back(self.body.gradients(), self.where)
             effective.backward(gradient.to(effective))  # type: ignore[no-untyped-call]
@@ -217,6 +236,7 @@ class Loop:
                     "kl": torch.tensor(record["kl"], dtype=torch.float64),
                     "step": torch.tensor(state.step),
                     "values": state.values.detach().clone(),
+                    **{f"{_HEAD}{name}": value for name, value in self._taken().items()},
                 }
         self._note(state, record)
 
@@ -249,7 +269,7 @@ def check_task(learner: Learner, settings: AdaptSettings, body: Body) -> dict[st
     return result
 
 
-def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optimizer:
+def make_optimizer(settings: AdaptSettings, *values: Tensor) -> torch.optim.Optimizer:
     """The optimiser of torch by name and options.
 
     Raises:
@@ -263,7 +283,7 @@ def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optim
         )
     try:
         make: Callable[..., torch.optim.Optimizer] = kind
-        optimizer = make([values], lr=settings.lr, **settings.optimizer_options)
+        optimizer = make(list(values), lr=settings.lr, **settings.optimizer_options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer '{settings.optimizer}': {error}") from None
     return optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .batches import Batches, split
 from .body import Body
 from .cache import cached, content_of, key
 from .coefficients import Layout, layout, load_coefficients
+from .heads import LearnedHead, head_of
 from .layerwise import asked_for, distill
 from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
@@ -47,6 +48,7 @@ class Session:
         workers, store, body, learners, where, stack: the working parts.
         hashes: sha256 of the weight files.
         fingerprint: of weights, data and settings; a saved state fits only the same.
+        heads: those that are learned along, by task.
     """
 
     prepared: Prepared
@@ -60,6 +62,7 @@ class Session:
     stack: Stack
     hashes: Mapping[Path, str]
     fingerprint: str
+    heads: Mapping[str, LearnedHead] = field(default_factory=dict)
 
 
 def open_session(
@@ -134,14 +137,24 @@ def begin(
     if not store.entries():
         raise UsageError("every expert is identical to the base: there is nothing to merge")
     where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+    heads = {}
+    if settings.heads == "learned":
+        base = vectors.base
+        heads = {
+            learner.task.name: head_of(
+                learner.task, learner.module, prepared.plan, vectors.experts[learner.task.name], base
+            )
+            for learner in learners
+        }
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
     dumped = settings.model_dump(exclude={"save_every", "budget"})
     merging = prepared.settings.model_dump(exclude={"threads"})
     fingerprint = key("state", content, data, dumped, merging, list(stack.labels))
     session = Session(
-        prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint
-    )
+        prepared, settings, objective, workers, store, body, learners, where, stack, hashes, fingerprint,
+        heads,
+    )  # fmt: skip
     ask_experts(session, content, say)
     return session
 
@@ -285,7 +298,7 @@ def _of_expert(
 
 def has_code(task: Task) -> bool:
     """Whether a task runs code of the user's, which has no fingerprint to cache results by."""
-    return task.settings.get("kind", "module") == "module"
+    return bool(task.settings.get("kind", "module") == "module")
 
 
 def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
@@ -332,6 +345,19 @@ def first_values(session: Session) -> Tensor:
     return session.where.full(session.stack.initial, torch.float64)
 
 
+def attach_heads(session: Session) -> list[dict[str, Tensor]]:
+    """Let the heads that are learned act in the learners' models; for each learner its learnable tensors."""
+    vectors, found = session.prepared.vectors, []
+    for learner in session.learners:
+        head = session.heads.get(learner.task.name)
+        if head is not None:
+            expert = vectors.experts[learner.task.name]
+            learner.task = head.attach(learner.task, learner.module, expert, vectors.base)
+            head.on = True
+        found.append(head.learnable() if head is not None else {})
+    return found
+
+
 def learn(
     session: Session,
     *,
@@ -359,6 +385,11 @@ def learn(
         if state_file is not None:
             save_state(state_file, current, session.fingerprint)
 
+    learnable = {
+        f"{learner.task.name}/{name}": tensor
+        for learner, own in zip(session.learners, attach_heads(session), strict=True)
+        for name, tensor in own.items()
+    }
     loop = Loop(
         settings,
         session.objective,
@@ -369,11 +400,20 @@ def learn(
         state,
         save,
         callback,
+        learnable,
     )
     try:
-        return loop.run()
-    except InterruptedRun:
-        if state_file is not None:
+        state = loop.run()
+        for tensor in learnable.values():
+            tensor.requires_grad_(False).grad = None
+        for name, value in state.heads.items():
+            task, _, own = name.partition("/")
+            session.heads[task].values[own] = value.cpu()
+        return state
+    except BaseException as error:
+        for head in session.heads.values():  # the models may be used again
+            head.detach()
+        if state_file is not None or not isinstance(error, InterruptedRun):
             raise
         raise InterruptedRun(
             f"stopped after {state.step} of {settings.steps} steps; with an output folder they would be kept"

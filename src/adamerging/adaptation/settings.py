@@ -62,6 +62,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "precision": "auto",
         "surgery": {},
     },
+    # SyMerge (its authors' released code): coefficients and heads together, from the experts' own labels.
+    "symerge": {"objective": "self_labels", "heads": "learned", "lr": 1e-2, "batch_size": 32},
 }
 
 
@@ -98,6 +100,10 @@ class AdaptSettings(BaseModel):
         description="A method whose transform is applied to the task vectors first (ties for AdaMerging++).",
     )
     initial: float = Field(0.3, description="First value of the experts' coefficients.")
+    heads: Literal["expert", "learned"] = Field(
+        "expert",
+        description="Each task's head: as the expert has it, or learned along with the coefficients.",
+    )
     surgery: SurgerySettings | None = Field(
         None,
         description="Learn a small module for each task on the features before its head, after all else: "
@@ -177,6 +183,10 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
     settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
+    if settings.surgery is not None and settings.heads == "learned":
+        raise UsageError(
+            "surgery and heads: learned are two ways to give each task a part of its own; ask for one of them"
+        )
     if settings.precision == "auto":
         chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
         settings = settings.model_copy(update={"precision": chosen})

@@ -18,10 +18,9 @@ from ..stream import Pipeline, Workers
 from ..task_vectors import TaskVectors
 from ..weights.source import Spec
 from .cache import cached, key
+from .coefficients import COMBINED
 from .layerwise import Distilled
 from .settings import AdaptSettings
-
-COMBINED = "combined"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ learned is a map from ones to the others: minimise the mean of |z' − z_expert|
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def operate(
         if not math.isfinite(losses[-1]):
             raise NonFiniteLossError(f"task '{name}': its features are not finite, so surgery learns nothing")
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return module.eval().requires_grad_(False), losses
 
@@ -148,8 +148,3 @@ def learn_operations(
         module, _ = operate(name, own, wanted[name], settings.surgery, settings.seed)
         found[name] = Operation(module, places[name], on=False)
     return found
-
-
-def parameters(operations: Iterable[Operation]) -> int:
-    """How many numbers these modules hold."""
-    return sum(tensor.numel() for operation in operations for tensor in operation.module.parameters())

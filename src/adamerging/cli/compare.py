@@ -43,8 +43,8 @@ def compare(
             "-m",
             metavar="NAME,NAME",
             help="Methods (adamerging methods lists them) and presets of learning (adamerging, recommended, "
-            "paper, paper++, released, fusionbench), or labels of the recipe's own; instead of all of the "
-            "recipe's.",
+            "paper, paper++, released, fusionbench, prodistill, surgery, symerge), or labels of the recipe's "
+            "own; instead of all of the recipe's.",
         ),
     ] = None,
     seeds: Annotated[

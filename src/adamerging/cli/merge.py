@@ -87,7 +87,7 @@ def merge(
             "--adapt",
             metavar="PRESET|KEY=VALUE",
             help="Learn the coefficients on the data: a preset (recommended, paper, released, paper++, "
-            "fusionbench) or a setting, as steps=200; may be repeated.",
+            "fusionbench, prodistill, surgery, symerge) or a setting, as steps=200; may be repeated.",
             rich_help_panel=_DATA,
         ),
     ] = None,

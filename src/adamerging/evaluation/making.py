@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, run_warnings
+from ..adaptation.adapt import (
+    Parts,
+    add_operations,
+    fill_merged,
+    learned_parameters,
+    own_warnings,
+    run_warnings,
+)
 from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
 from ..adaptation.loop import Learner, estimate_statistics
@@ -21,8 +28,6 @@ from ..errors import UsageError
 from ..masks import fill_task, task_scales
 from ..merging import check_method
 from ..run import Prepared, merge_into, statistics_warning
-from ..surgery import PER_TASK as PER_TASK_PART
-from ..surgery import Operation
 from ..tasks.task import Task
 from .bench import Bench
 from .entries import Candidate
@@ -47,7 +52,7 @@ class Made:
         parameters: how many numbers that is.
         own: makes the body the model of one task, where each task has one; again a merged body with a task
             that none was made for.
-        operations: what is done to the features of a task before its head, where each task has such a part.
+        operations: a part that each task has of its own: surgery before its head, or a learned head.
     """
 
     again: Callable[[], None]
@@ -59,7 +64,7 @@ class Made:
     parameters: int | None = None
     seconds: float = field(default=0.0)
     own: Callable[[str], None] | None = None
-    operations: Mapping[str, Operation] = field(default_factory=dict)
+    operations: Parts = field(default_factory=dict)
 
     @property
     def per_task(self) -> bool:
@@ -238,7 +243,7 @@ class Maker:
             again,
             adapted=True,
             labelled=session.objective.target == "labels",
-            warnings=[*run_warnings(session, state, applied), *([PER_TASK_PART] if operations else [])],
+            warnings=[*run_warnings(session, state, applied), *own_warnings(session)],
             history=state.history,
             coefficients=_coefficients(session, table(applied, session.where)),
             parameters=learned_parameters(session, state, operations),

@@ -67,7 +67,13 @@ def _data_note(record: Mapping[str, Any]) -> str:
             "Each task has **weights of its own**, made from one vector and its mask in `masks/` "
             "when the folder is opened with the task's name. The body by itself is no multi-task model."
         )
-    if record.get("parts"):
+    parts = record.get("parts", {}).get("kind")
+    if parts == "heads":
+        notes.append(
+            "The heads in `heads/` were **learned along with the coefficients**: they belong to this merge "
+            "and are not the experts'."
+        )
+    if parts == "surgery":
         notes.append(
             "Each task has **a small module of its own** before its head (representation surgery), in "
             "`parts/`. It acts when the folder is opened with the task's name; the body by itself is the "
