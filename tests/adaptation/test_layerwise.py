@@ -461,6 +461,8 @@ def test_a_stopped_run_goes_on_with_its_block(root, cli, tmp_path, monkeypatch, 
         ({"adapt": "prodistil"}, "there is no preset 'prodistil'"),
         ({"adapt": "prodistill", "weights": {"films": 2.0, "books": 1.0, "topics": 1.0}}, "takes no weights"),
         ({"adapt": "prodistill", "tasks": None}, "has no task with data"),
+        ({"adapt": None, "method": "prodistill"}, "is no method but a preset of learning"),
+        ({"adapt": None, "method": ["ties", {"prodistill": {}}]}, "adapt: prodistill (--adapt prodistill)"),
     ],
 )
 def test_what_is_refused_at_the_command_line(fields, said, root, cli, tmp_path):

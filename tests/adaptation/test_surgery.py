@@ -242,6 +242,9 @@ def test_parts_that_are_none_are_refused(damage, merged, root, cli, tmp_path):
 
 def test_the_command_line_learns_and_says_what_it_is(root, cli, tmp_path):
     path = recipe(root, tmp_path, adapt={"preset": "surgery", "start": "ties", "surgery": {"steps": 3}})
+    dry = cli("merge", path, "--dry-run").out
+    assert "Would learn a module of rank 16 before the head" in dry
+    assert "coefficients for" not in dry
     ended = cli("merge", path)
     assert ended.code == 0, ended.err
     assert "by representation surgery" in ended.out

@@ -145,10 +145,16 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
             "each at most.",
             soft_wrap=True,
         )
-    if options is None or found.steps:
+    if found.steps or (options is None and settings.surgery is None):
         console.print(
             f"Would learn {settings.granularity}-wise coefficients for {named} by {settings.objective}, in "
             f"{found.steps} steps.",
+            soft_wrap=True,
+        )
+    if settings.surgery is not None:
+        console.print(
+            f"Would learn a module of rank {settings.surgery.rank} before the head of each of {named}, in "
+            f"{settings.surgery.steps} iterations.",
             soft_wrap=True,
         )
     console.print()
