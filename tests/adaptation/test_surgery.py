@@ -16,7 +16,7 @@ from adamerging.adaptation.batches import Batches
 from adamerging.adaptation.settings import SurgerySettings, resolve
 from adamerging.adaptation.surgery import operate
 from adamerging.surgery import PER_TASK, Surgery
-from adaptation.toy import make_experts, make_tasks
+from adaptation.toy import Net, make_experts, make_tasks
 from compared import CLASSES, save_family, save_recipe
 from tiny_tasks import save_encoder_expert, save_text_base
 
@@ -137,6 +137,25 @@ def test_it_follows_learned_coefficients():
     )  # fmt: skip
     assert found.record["method"] == "AdaMerging + representation surgery"
     assert found.record["parameters"] == found.values.numel() + 3 * 2 * 16 * 8
+
+
+def test_a_network_of_ones_own_is_served_with_its_part(tmp_path):
+    base, experts = make_experts(dtype=torch.float32)
+    g = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(12, 2, 5, generator=g) for name in experts}
+    tasks = [am.module_task(t, adapt=inputs[t], model=Net) for t in experts]
+    found = adapt(
+        base, experts, tasks, preset="surgery", surgery={"steps": 20, "lr": 0.05},
+        merge={"heads": ["head.*"]},
+        out=tmp_path / "out",
+    )  # fmt: skip
+    opened = am.load(tmp_path / "out", model=Net)
+    for learner in found.learners:
+        name = learner.task.name
+        with torch.no_grad():
+            wanted = learner.module(inputs[name]).softmax(-1)
+        given = [prediction.probabilities for prediction in opened.predict(name, list(inputs[name]))]
+        torch.testing.assert_close(torch.tensor(given), wanted, rtol=0, atol=1e-5)
 
 
 # --- folders and the command line
