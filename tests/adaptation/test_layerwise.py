@@ -20,7 +20,7 @@ from adamerging.adaptation import layerwise
 from adamerging.adaptation.adapt import adapt
 from adamerging.adaptation.batches import generator
 from adamerging.adaptation.elementwise import ElementwiseAdam
-from adamerging.adaptation.layerwise import asked_for
+from adamerging.adaptation.layerwise_settings import asked_for
 from adamerging.tasks.task import Samples, Task
 from compared import CLASSES, save_family, save_recipe
 from tiny_tasks import save_vit, save_vit_expert

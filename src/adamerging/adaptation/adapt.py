@@ -13,12 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError
-from ..output.folder import OutputFolder
 from ..recipe import Recipe, Settings
 from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
-from ..surgery import KIND as SURGERY
-from ..surgery import PER_TASK, Operation, write_parts
+from ..surgery import Operation
 from ..tasks.data import refuse_overlap
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
@@ -26,12 +24,11 @@ from ..validation import make
 from .batchnorm import batchnorm_layers
 from .body import Body
 from .coefficients import Layout, table
-from .heads import KIND as HEADS
-from .heads import SAID as LEARNED_HEADS
-from .heads import LearnedHead, write_learned
-from .layerwise import asked_for
+from .heads import LearnedHead
+from .layerwise_settings import asked_for
 from .loop import InterruptedRun, Learner, check_task, estimate_statistics
 from .monitor import unused, warnings_of
+from .own_parts import Parts, kind_of, own_parameters, own_warnings, write_own
 from .scoring import average_into, score
 from .session import Say, Session, begin, first_values, learn, open_session, operate_on
 from .settings import AdaptSettings, resolve
@@ -39,9 +36,6 @@ from .state import State
 from .write import work_folder, write_folder, write_record
 
 __all__ = ["AdaptResult", "adapt", "adapt_recipe", "open_session", "run_adaptation"]
-
-Parts = Mapping[str, Operation] | Mapping[str, LearnedHead]
-"""What each task has of its own, by task."""
 
 Callback = Callable[[Mapping[str, Any]], None]
 
@@ -328,30 +322,6 @@ def method_name(settings: AdaptSettings) -> str:
     if settings.heads == "learned":
         name = "SyMerge" if settings.objective == "self_labels" else f"{name} and heads"
     return " + ".join([name, *ended])
-
-
-def write_own(folder: OutputFolder, operations: Parts) -> dict[str, str]:
-    """Write the tasks' own parts; sha256 by file name."""
-    heads = {task: part for task, part in operations.items() if isinstance(part, LearnedHead)}
-    others = {task: part for task, part in operations.items() if isinstance(part, Operation)}
-    return write_learned(folder, heads) | write_parts(folder, others)
-
-
-def kind_of(session: Session) -> str:
-    """What kind of a part each task has of its own."""
-    return HEADS if session.heads else SURGERY
-
-
-def own_parameters(operations: Parts) -> int:
-    """How many numbers the tasks' own parts hold."""
-    return sum(operation.parameters for operation in operations.values())
-
-
-def own_warnings(session: Session) -> list[str]:
-    """What a reader should know of the tasks' own parts."""
-    if session.heads:
-        return [LEARNED_HEADS]
-    return [PER_TASK] if session.settings.surgery is not None else []
 
 
 def learned_from(settings: AdaptSettings, learner: Learner) -> int:

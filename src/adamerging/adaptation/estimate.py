@@ -10,7 +10,7 @@ from ..tasks.task import Task
 from .batches import split
 from .cache import cache_folder
 from .coefficients import COMBINED, layout
-from .layerwise import asked_for, sizes
+from .layerwise_settings import asked_for, sizes
 from .session import make_objective, match_tasks
 from .settings import AdaptSettings
 

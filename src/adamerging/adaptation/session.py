@@ -24,7 +24,8 @@ from .body import Body
 from .cache import cached, content_of, key
 from .coefficients import Layout, layout, load_coefficients
 from .heads import LearnedHead, head_of
-from .layerwise import asked_for, distill
+from .layerwise import distill
+from .layerwise_settings import asked_for
 from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
 from .settings import AdaptSettings, resolve

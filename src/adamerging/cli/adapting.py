@@ -120,7 +120,7 @@ def _checks(record: Mapping[str, Any]) -> Any:
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from ..adaptation.adapt import tasks_of
     from ..adaptation.estimate import estimate_adaptation
-    from ..adaptation.layerwise import asked_for
+    from ..adaptation.layerwise_settings import asked_for
     from ..adaptation.settings import resolve
     from ..run import check_out, prepare_recipe
 

@@ -10,17 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.adapt import (
-    Parts,
-    add_operations,
-    fill_merged,
-    learned_parameters,
-    own_warnings,
-    run_warnings,
-)
+from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, run_warnings
 from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
 from ..adaptation.loop import Learner, estimate_statistics
+from ..adaptation.own_parts import Parts, own_warnings
 from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, begin, learn, make_learner
 from ..adaptation.settings import resolve
