@@ -311,9 +311,34 @@ class Split(Chain):
         return self.head(self.norm(hidden))
 
 
+class Aside(Chain):
+    """The first block hands on more than hidden states, as a bias that the others use."""
+
+    def forward(self, x):
+        hidden, bias = self.embed(x), 0.0
+        for block in self.layers:
+            hidden = block(hidden, shift=bias)[0]
+            bias = bias if isinstance(bias, torch.Tensor) else block.extra
+        return self.head(self.norm(hidden))
+
+
+class AsideBlock(Block):
+    def forward(self, hidden, *, shift):
+        found = super().forward(hidden, shift=shift)[0]
+        self.extra = self.one(hidden)
+        return found, self.extra
+
+
+def make_aside():
+    model = Aside()
+    model.layers = nn.ModuleList([AsideBlock() for _ in range(3)])
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
+        (make_aside, "block 'layers.1' takes more from the blocks before it than hidden states"),
         (Between, "what goes into block 'layers.1' is not what 'layers.0' gives"),
         (Twice, "block 'layers.0' runs more than once"),
         (Idle, "none of its blocks runs"),

@@ -93,11 +93,13 @@ def trace(task: Task, module: nn.Module, blocks: Mapping[str, nn.Module], inputs
     """Run a model on a batch and look at its blocks.
 
     Raises:
-        UsageError: no block runs, one runs twice, or something else happens between two of them.
+        UsageError: no block runs, one runs twice, something else happens between two of them, or they hand on
+            more than hidden states.
     """
     order: list[str] = []
     calls: dict[str, Call] = {}
     before: list[Tensor] = []
+    aside: list[Tensor] = []
     given: list[Tensor] = []
 
     def enter(name: str, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -109,6 +111,9 @@ def trace(task: Task, module: nn.Module, blocks: Mapping[str, nn.Module], inputs
             raise _apart(task, f"block '{name}' runs more than once")
         if before and not (before[-1] is hidden or _equal(before[-1], hidden)):
             raise _apart(task, f"what goes into block '{name}' is not what '{order[-1]}' gives")
+        others = [value for value in (*positional, *named.values()) if isinstance(value, Tensor)]
+        if any(value is other for value in others for other in aside):
+            raise _apart(task, f"block '{name}' takes more from the blocks before it than hidden states")
         order.append(name)
         given.append(hidden)
         positional = tuple(None if slot == place else value for place, value in enumerate(positional))
@@ -118,6 +123,8 @@ def trace(task: Task, module: nn.Module, blocks: Mapping[str, nn.Module], inputs
     def leave(name: str, output: Any) -> None:
         del name
         before.append(_first(output))
+        if not isinstance(output, Tensor):
+            aside.extend(value for value in list(output)[1:] if isinstance(value, Tensor))
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -103,12 +103,13 @@ class _Batch:
     """A batch of one task between two blocks.
 
     Attributes:
-        calls: by block, how it is called on it.
+        calls, expert_calls: by block, how it is called on it in the merged model and in the expert.
         merged, expert: hidden states before the next block, in the merged model and in the expert.
         weight: 0 where they stand for padding, else 1; None where nothing is padded.
     """
 
     calls: Mapping[str, Call]
+    expert_calls: Mapping[str, Call]
     merged: Tensor
     expert: Tensor
     weight: Tensor | None
@@ -171,7 +172,7 @@ class _Run:
             self._apply(found)
             for seat in seats:
                 for batch in seat.batches:
-                    batch.merged = self._through(seat, block, batch, batch.merged)
+                    batch.merged = self._through(seat, block, batch.calls, batch.merged)
             rows |= found
         learned = sum(vectors.numel(entry) for block in order for entry in merged[block])
         nbytes = sum(row.nbytes for row in rows.values()) if self.stored_as is not None else 0
@@ -195,7 +196,7 @@ class _Run:
                 mask = inputs.get("attention_mask")
                 padded = mask is not None and seen.hidden.ndim == 3 and mask.shape == seen.hidden.shape[:2]
                 weight = mask.unsqueeze(-1) if padded and mask is not None else None
-                seat.batches.append(_Batch(seen.calls, seen.hidden, seen.hidden, weight))
+                seat.batches.append(_Batch(seen.calls, seen.calls, seen.hidden, seen.hidden, weight))
                 traced.append((seat, inputs))
         blocks = {entry.name for block in order for entry in merged[block]}
         own = [name for name in self.prepared.plan.entries if name not in blocks]
@@ -207,7 +208,8 @@ class _Run:
             last = seat
             with autocast(self.settings, self.body):
                 seen = trace(seat.learner.task, seat.learner.module, seat.blocks, inputs)
-            next(numbers[seat.name]).expert = seen.hidden
+            batch = next(numbers[seat.name])
+            batch.expert, batch.expert_calls = seen.hidden, seen.calls
         self.body.reset(vectors, own)
         return order
 
@@ -227,13 +229,13 @@ class _Run:
         for seat in seats:
             self.body.load_expert(vectors, seat.name, names)
             for batch in seat.batches:
-                batch.expert = self._through(seat, block, batch, batch.expert)
+                batch.expert = self._through(seat, block, batch.expert_calls, batch.expert)
         self.body.reset(vectors, names)
 
-    def _through(self, seat: _Seat, block: str, batch: _Batch, hidden: Tensor) -> Tensor:
+    def _through(self, seat: _Seat, block: str, calls: Mapping[str, Call], hidden: Tensor) -> Tensor:
         """Hidden states behind a block as it is now, in their own dtype."""
         with torch.no_grad(), autocast(self.settings, self.body):
-            return batch.calls[block].run(seat.blocks[block], hidden).to(hidden.dtype)
+            return calls[block].run(seat.blocks[block], hidden).to(hidden.dtype)
 
     def _learn(self, seats: Sequence[_Seat], block: str, entries: Sequence[Entry]) -> dict[str, Tensor]:
         """The merged vector of one block."""
