@@ -17,6 +17,7 @@ from .masks import masked_names, restored
 from .output.companions import companions
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import write_tensors
+from .surgery import has_parts, read_part
 from .tasks.data import DataKind, Fields, check_inputs, read_samples
 from .tasks.huggingface import quiet
 from .tasks.image_classification import image_task
@@ -112,7 +113,8 @@ class MergedModel:
     def module(self, task: str) -> nn.Module:
         """The model of one task in evaluation mode. All tasks' modules hold the same body tensors.
 
-        Where the merge kept a mask for each task (`emr`, `tall_masks`), each has its own instead.
+        Where the merge kept a mask for each task (`emr`, `tall_masks`), each has its own instead. Where it
+        learned surgery, the module applies it before its head.
 
         Raises:
             UsageError: no such task, or a model that is none of transformers and was not given.
@@ -240,23 +242,32 @@ class MergedModel:
             known["head"] = str(self._fixed_head(task))
         return part, self._body_of(task), {key: value for key, value in known.items() if value is not None}
 
-    def complete(self, task: str, module: nn.Module) -> None:
-        """Put into a task's module what the folder keeps beside the body, where it routes by input.
+    def complete(self, task: Task, module: nn.Module) -> tuple[Task, str]:
+        """Put into a task's module what the folder keeps beside the body: what routes, or surgery.
 
         Args:
-            task: its name.
-            module: as a task's skeleton makes it of `parts`.
+            task: of this folder.
+            module: as the task's skeleton makes it of `parts`, on the device where it will run.
+
+        Returns:
+            The task to run the module with from now on, and the fingerprint of what is no tensor of the
+            module; empty where there is none.
 
         Raises:
+            UsageError: no such task.
             WeightsError: the folder is not whole.
         """
-        if "routing" not in self.record:
-            return
-        from .routing.folder import open_routes
+        self._check(task.name)
+        if "routing" in self.record:
+            from .routing.folder import open_routes
 
-        if self._routes is None:
-            self._routes = open_routes(self.folder, self._body, self.record["routing"], self.device)
-        self._routes.install(module, self._names(module), f"the model of task '{task}'")
+            if self._routes is None:
+                self._routes = open_routes(self.folder, self._body, self.record["routing"], self.device)
+            self._routes.install(module, self._names(module), f"the model of task '{task.name}'")
+        if not has_parts(self.record):
+            return task, ""
+        operation = read_part(self.folder, task.name)
+        return operation.attach(task, module, self._part(task.name), self._body), operation.fingerprint
 
     def _names(self, module: nn.Module) -> dict[int, str]:
         """The body's name of a module's tensors, by their ids."""
@@ -301,7 +312,7 @@ class MergedModel:
             task = module_task(name, model=self._factory(stated), head=self._head.get(name))
         module = task.skeleton(part, self._body_of(name))
         self._share(module, name, part)
-        self.complete(name, module)
+        task, _ = self.complete(task, module.to(self.device))
         return _Ready(task, kind, module.to(self.device), names)
 
     def _body_of(self, name: str) -> Weights:
@@ -455,6 +466,11 @@ def export(folder: str | Path, task: str, out: str | Path, *, overwrite: bool = 
         raise UsageError(
             f"task '{task}' is of kind {kind}, for which transformers has no classifier to write; "
             f"{folder} itself holds the body, and heads/{task} what belongs to the task"
+        )
+    if has_parts(merged.record):
+        raise UsageError(
+            f"task '{task}' has a part before its head (surgery) with a ReLU in it, which no weights of an "
+            f"ordinary model can take in: open the folder itself, adamerging.load({str(folder)!r})"
         )
     module: Any = merged.module(task)
     tensors = merged.stored(task)

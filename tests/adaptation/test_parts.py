@@ -246,6 +246,8 @@ def test_coefficients_that_are_all_0_are_told():
     assert unused(values, where) == ["all coefficients of b are 0: nothing of it is in the merged model"]
     values[1, 2] = -1
     assert unused(values, where) == []
+    combined = make_layout("tensor", rows=("combined", "b"))
+    assert unused(torch.tensor([[1.0], [0.0]]).expand(2, combined.width), combined) == []
 
 
 # --- settings

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import UsageError
 from ..recipe import Recipe, Settings
 from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
+from ..surgery import Operation
 from ..tasks.data import refuse_overlap
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
@@ -22,11 +24,24 @@ from ..validation import make
 from .batchnorm import batchnorm_layers
 from .body import Body
 from .coefficients import Layout, table
-from .loop import InterruptedRun, Learner, estimate_statistics
+from .heads import LearnedHead
+from .layerwise_settings import asked_for
+from .loop import InterruptedRun, Learner, check_task, estimate_statistics
 from .monitor import unused, warnings_of
+from .naming import method_name
+from .own_parts import Parts, kind_of, own_parameters, own_warnings, write_own
 from .parametrisation import Learned, Parametrisation
 from .scoring import average_into, score
-from .session import Say, Session, applied_values, begin, first_values, learn, open_session
+from .session import (
+    Say,
+    Session,
+    applied_values,
+    begin,
+    first_values,
+    learn,
+    open_session,
+    operate_on,
+)
 from .settings import AdaptSettings, resolve
 from .state import State
 from .write import work_folder, write_folder, write_record
@@ -165,12 +180,15 @@ def run_adaptation(
         session = begin(prepared, tasks, settings, workers, say)
         state = learn(session, state_file=work / "state.safetensors" if work else None, callback=callback)
         applied = applied_values(session, state.values)
+        operations = add_operations(session, state, applied, say)
         try:
-            scores = score_session(session, state, applied, say)
+            scores = score_session(session, state, applied, say, operations)
         except KeyboardInterrupt:
             kept = "; the learned coefficients are kept, the same command goes on" if work else ""
             raise InterruptedRun(f"stopped while scoring{kept}") from None
-        record = adapt_record(session, state, applied, started, transductive)
+        for operation in operations.values():
+            operation.on = True
+        record = adapt_record(session, state, applied, started, transductive, operations)
         if scores is not None:
             record["scores"] = scores
         if folder is not None:
@@ -181,6 +199,7 @@ def run_adaptation(
                     folder, prepared, session.body.tensors, applied, session.parametrisation, state.history,
                     tasks,
                 )  # fmt: skip
+                record["outputs"] |= write_own(folder, operations)
                 write_record(folder, record)
                 folder.commit()
             if work is not None:
@@ -191,7 +210,47 @@ def run_adaptation(
     )  # fmt: skip
 
 
-def score_session(session: Session, state: State, applied: Tensor, say: Say) -> dict[str, Any] | None:
+def fill_merged(session: Session, state: State, applied: Tensor) -> None:
+    """Make the body the merged one."""
+    session.body.reset(session.prepared.vectors)
+    session.parametrisation.materialise(session.body.tensors, applied)
+    session.body.load_statistics(state.statistics)
+
+
+def add_operations(
+    session: Session, state: State, applied: Tensor, say: Say
+) -> dict[str, Operation] | dict[str, LearnedHead]:
+    """What each task has of its own, attached and off: its learned head, or surgery that is learned here."""
+    if session.heads:
+        for head in session.heads.values():
+            head.on = False
+        return dict(session.heads)
+    operations = operate_on(session, partial(fill_merged, session, state, applied), say)
+    if not operations:
+        return operations
+    vectors, checks = session.prepared.vectors, {}
+    try:
+        for learner in session.learners:
+            operation, expert = operations[learner.task.name], vectors.experts[learner.task.name]
+            learner.task = operation.attach(learner.task, learner.module, expert, vectors.base)
+            operation.on = True
+            checks[learner.task.name] = check_task(learner, session.settings, session.body)
+            operation.on = False
+    except BaseException:  # modules may be used again, without it
+        for operation in operations.values():
+            operation.detach()
+        raise
+    state.history.append({"step": chosen_step(session, state), "check": checks, "part": "surgery"})
+    return operations
+
+
+def score_session(
+    session: Session,
+    state: State,
+    applied: Tensor,
+    say: Say,
+    operations: Parts | None = None,
+) -> dict[str, Any] | None:
     """Score base, experts, average, start and merged model; the body ends as the merged one."""
     body, vectors, learners = session.body, session.prepared.vectors, session.learners
     if all(learner.task.evaluate is None for learner in learners):
@@ -212,9 +271,9 @@ def score_session(session: Session, state: State, applied: Tensor, say: Say) -> 
         refresh()
 
     def merged() -> None:
-        body.reset(vectors)
-        session.parametrisation.materialise(body.tensors, applied)
-        body.load_statistics(state.statistics)
+        fill_merged(session, state, applied)
+        for operation in (operations or {}).values():
+            operation.on = True
 
     models = {
         "base": lambda: body.load_base(vectors), "average": average, "start": start, "merged": merged,
@@ -225,17 +284,22 @@ def score_session(session: Session, state: State, applied: Tensor, say: Say) -> 
 
 
 def adapt_record(
-    session: Session, state: State, applied: Tensor, started: float, transductive: bool
+    session: Session,
+    state: State,
+    applied: Tensor,
+    started: float,
+    transductive: bool,
+    operations: Parts | None = None,
 ) -> dict[str, Any]:
     """What ``run.json`` holds: a merge's record, and how the coefficients were learned."""
-    settings = session.settings
+    settings, operations = session.settings, operations or {}
     checks = [record for record in state.history if "check" in record]
     chosen = chosen_step(session, state)
     data = {
         learner.task.name: {
             "source": learner.task.adapt.source,
             "fingerprint": learner.task.adapt.fingerprint,
-            "learned_from": len(learner.train),
+            "learned_from": learned_from(settings, learner),
             "held_out": len(learner.held),
         }
         for learner in session.learners
@@ -246,7 +310,7 @@ def adapt_record(
     record["recipe"]["adapt"] = settings.model_dump(exclude_defaults=True) | {"preset": settings.preset}
     return record | {
         "kind": "adapt",
-        "method": _name(settings),
+        "method": method_name(settings),
         "options": [],
         "scale": None,
         "adapt": settings.model_dump(),
@@ -257,21 +321,36 @@ def adapt_record(
         "cached_bytes": session.nbytes,
         "coefficients": session.parametrisation.count(applied),
         **session.parametrisation.record(applied),
+        "parameters": learned_parameters(session, state, applied, operations),
+        **(
+            {"parts": {"kind": kind_of(session), "parameters": own_parameters(operations)}}
+            if operations
+            else {}
+        ),
         "step": chosen,
         "start": checks[0] if checks else None,
-        "end": next((check for check in checks if check["step"] == chosen), None),
+        "end": next((check for check in reversed(checks) if check["step"] == chosen), None),
         "data": data,
         "seed": settings.seed,
-        "warnings": run_warnings(session, state, applied),
+        "warnings": [*run_warnings(session, state, applied), *own_warnings(session)],
     }
 
 
-def _name(settings: AdaptSettings) -> str:
-    """As the papers call it; with another objective than theirs, in words."""
-    gates = settings.granularity == "singular"
-    if settings.objective == "entropy":
-        return "AdaRank" if gates else "AdaMerging"
-    return f"learned {'gates and ' if gates else ''}coefficients ({settings.objective})"
+def learned_from(settings: AdaptSettings, learner: Learner) -> int:
+    """How many of a task's samples anything was learned from."""
+    options = asked_for(settings.start)
+    if options is not None and not settings.steps and settings.surgery is None and settings.mask is None:
+        return min(options.samples, len(learner.train))
+    return len(learner.train)
+
+
+def learned_parameters(session: Session, state: State, applied: Tensor, operations: Parts) -> int:
+    """How many numbers were learned from data, those of the start and of the tasks' parts included."""
+    given = (
+        0 if session.settings.steps else state.values.numel()
+    )  # the coefficients that learning starts from
+    count = session.parametrisation.count(applied) - given
+    return session.distilled + count + own_parameters(operations)
 
 
 def chosen_step(session: Session, state: State) -> int:

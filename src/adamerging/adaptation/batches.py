@@ -8,21 +8,22 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def _generator(*parts: object) -> np.random.Generator:
+def generator(*parts: object) -> np.random.Generator:
+    """Random numbers that depend on these parts alone."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def split(count: int, held_out: float, limit: int, seed: int, task: str) -> tuple[list[int], list[int]]:
     """Sample numbers to learn from and held out, disjoint; at least one is left to learn from."""
-    order = _generator(seed, task, "split").permutation(count).tolist()
+    order = generator(seed, task, "split").permutation(count).tolist()
     held = min(int(count * held_out), limit, count - 1)
     return sorted(order[held:]), sorted(order[:held])
 
 
 def some(count: int, most: int, seed: int, task: str) -> list[int]:
     """Numbers of samples drawn at random, in order; all where there are no more than ``most``."""
-    return sorted(_generator(seed, task, "some").permutation(count)[:most].tolist())
+    return sorted(generator(seed, task, "some").permutation(count)[:most].tolist())
 
 
 class Batches:
@@ -62,14 +63,14 @@ class Batches:
         return self._batches[position]
 
     def _arrange(self, epoch: int) -> list[list[int]]:
-        generator = _generator(self.seed, self.task, "epoch", epoch)
-        order = [self.samples[i] for i in generator.permutation(len(self.samples))]
+        chance = generator(self.seed, self.task, "epoch", epoch)
+        order = [self.samples[i] for i in chance.permutation(len(self.samples))]
         if self.costs is None:
             whole = max(1, len(order) // self.size) * self.size
             batches = [order[i : i + self.size] for i in range(0, min(whole, len(order)), self.size)]
         else:
             batches = self._alike(order, self.costs)
-        return [batches[i] for i in generator.permutation(len(batches))]
+        return [batches[i] for i in chance.permutation(len(batches))]
 
     def _alike(self, order: list[int], costs: Sequence[int]) -> list[list[int]]:
         """Samples of similar cost together; the sizes of the batches are the same in every epoch."""

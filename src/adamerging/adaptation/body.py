@@ -93,10 +93,17 @@ class Body:
         for tensor in self.tensors.values():
             tensor.grad = None
 
-    def reset(self, vectors: TaskVectors) -> None:
-        """Make the body the base again, its averaged statistics the mean of the experts'."""
+    def reset(self, vectors: TaskVectors, names: Collection[str] | None = None) -> None:
+        """Make the body the base again, its averaged statistics the mean of the experts'.
+
+        Args:
+            vectors: base and experts.
+            names: of the tensors that are reset; all when None.
+        """
         with torch.no_grad():
             for name, entry in self.plan.entries.items():
+                if names is not None and name not in names:
+                    continue
                 if entry.treatment == "averaged":
                     chunk = vectors.read(vectors.open(entry), 0, entry.spec.numel)
                     self.tensors[name].view(-1).copy_(chunk.base + chunk.vectors.mean(0))
@@ -116,7 +123,13 @@ class Body:
                 self.tensors[name].copy_(value)
 
     def load_expert(self, vectors: TaskVectors, task: str, names: Collection[str] | None = None) -> None:
-        """Make the body this expert's, exactly, statistics included; or only some tensors of it, by name."""
+        """Make the body this expert's, exactly, statistics included.
+
+        Args:
+            vectors: base and experts.
+            task: which.
+            names: of the tensors that become the expert's; all when None.
+        """
         row = vectors.tasks.index(task)
         with torch.no_grad():
             for entry in self.plan.entries.values():

@@ -17,6 +17,9 @@ from ..output.tensors import write_tensors
 from ..plan import Entry
 from .settings import Granularity
 
+COMBINED = "combined"
+"""Label of the row that holds a merge of all experts, where learning starts from one."""
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -10,11 +10,11 @@ from ..run import Prepared
 from ..tasks.task import Task
 from .batches import split
 from .cache import cache_folder
-from .coefficients import layout
+from .coefficients import COMBINED, layout
+from .layerwise_settings import asked_for, distilled_sizes
 from .session import make_objective, match_tasks
 from .settings import AdaptSettings
 from .spectrum import sizes
-from .stack import COMBINED
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class AdaptEstimate:
 
     Attributes:
         samples: by task, how many are learned from and how many are held out.
-        coefficients: how many are learned, gates among them, at most (tensors that no expert changed take
-            none).
+        coefficients: how many are learned, gates and those of distillation among them, at most (tensors that
+            no expert changed take none); heads and modules of the tasks' own come on top.
         steps: optimiser steps.
         cached: bytes of transformed task vectors, or of singular components, in the disk cache; the experts'
             predictions come on top.
@@ -60,6 +60,7 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
     if singular:
         count, cached = sizes(settings, vectors)
         kept = 0 if settings.device == "cpu" else cached
+    distilled, block = distilled_sizes(vectors) if asked_for(settings.start) is not None else (0, 0)
     parts = {
         task.name: split(
             len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name
@@ -67,14 +68,15 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
         for task in ordered
         if task.adapt is not None
     }
-    memory = body + merged + heads + (kept if kept <= settings.budget * 1e9 else 0)
+    memory = body + max(merged, block) + heads + (kept if kept <= settings.budget * 1e9 else 0)
     disk = prepared.nbytes
     if settings.mask is not None:  # logits, two moments, the mask and its gradient
         memory += 5 * merged
     if settings.route is not None:
         routed = estimate_routes(vectors, settings)
         count, memory, disk = routed.learned, memory + 4 * routed.values, disk + routed.nbytes
-    memory += count * 16
+    memory += count * 16 + (3 * heads if settings.heads == "learned" else 0)  # gradient and two moments
+    count = distilled + (count if settings.steps else 0)
     if settings.mask is not None:
         count += sum(vectors.numel(entry) for entry in vectors.entries())
     return AdaptEstimate(

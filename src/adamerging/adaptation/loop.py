@@ -22,6 +22,9 @@ from .parametrisation import Learned
 from .settings import AdaptSettings
 from .state import State, optimizer_tensors, restore_optimizer
 
+_HEAD = "head/"
+"""What stands before the names of heads in the best state."""
+
 
 class NonFiniteLossError(AdamergingError):
     """The loss of a task became NaN or infinite; the state before that step is kept."""
@@ -84,6 +87,7 @@ class Loop:
         state: where to start; changed in place.
         save: called every so often and at an interruption.
         callback: told of every record of the history.
+        heads: tensors of heads that are learned too, by task and name; they lie in the tasks' models.
     """
 
     settings: AdaptSettings
@@ -94,6 +98,7 @@ class Loop:
     state: State
     save: Callable[[State], None] = lambda _: None
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> State:
         """Run to the last step; the body ends as the state that is returned.
@@ -104,7 +109,8 @@ class Loop:
         """
         settings, state = self.settings, self.state
         values = state.values.detach().clone().requires_grad_(True)
-        optimizer = make_optimizer(settings, values)
+        self._put(state.heads)
+        optimizer = make_optimizer(settings, values, *self.heads.values())
         restore_optimizer(optimizer, state.optimizer)
         self.body.train_only({entry.name for entry in self.parametrisation.entries()})
         try:
@@ -115,8 +121,8 @@ class Loop:
                 if state.step % settings.check_every == 0:
                     self._check(state)
                 self._step(values, optimizer, state)
-                after = values.detach().clone(), optimizer_tensors(optimizer), state.step + 1
-                state.values, state.optimizer, state.step = after
+                after = values.detach().clone(), optimizer_tensors(optimizer), self._taken(), state.step + 1
+                state.values, state.optimizer, state.heads, state.step = after
             self._merge(values, state)
             self._save(state)
             self._check(state)
@@ -131,8 +137,21 @@ class Loop:
         self.body.train_only(set())
         if settings.keep == "best" and state.best:
             state.values = state.best["values"]
+            kept = {name.removeprefix(_HEAD): t for name, t in state.best.items() if name.startswith(_HEAD)}
+            state.heads = kept
+            self._put(kept)
             self._merge(state.values, state)
         return state
+
+    def _put(self, heads: Mapping[str, Tensor]) -> None:
+        """Write these values into the tasks' heads."""
+        with torch.no_grad():
+            for name, value in heads.items():
+                self.heads[name].copy_(value)
+
+    def _taken(self) -> dict[str, Tensor]:
+        """A copy of the heads as they are."""
+        return {name: tensor.detach().clone() for name, tensor in self.heads.items()}
 
     def _save(self, state: State) -> None:
         """Save what is needed to do the current step anew."""
@@ -162,9 +181,9 @@ class Loop:
     def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
         settings = self.settings
         started = time.perf_counter()
+        optimizer.zero_grad()
         losses = run_batches(settings, self.objective, self.body, self.learners, state.step)
         effective = self.effective(values)
-        optimizer.zero_grad()
         if effective.requires_grad:
             gradient = self.parametrisation.pull_back(self.body.gradients(), effective)
             effective.backward(gradient.to(effective))  # type: ignore[no-untyped-call]
@@ -186,7 +205,7 @@ class Loop:
         """Held-out entropy and, where the experts' predictions are known, agreement with them."""
         record: dict[str, Any] = {"step": state.step, "check": {}}
         for learner in self.learners:
-            record["check"][learner.task.name] = self._check_task(learner)
+            record["check"][learner.task.name] = check_task(learner, self.settings, self.body)
         checks = record["check"].values()
         if checks and all("kl" in check for check in checks):
             record["agreement"] = sum(check["agreement"] for check in checks) / len(checks)
@@ -197,30 +216,9 @@ class Loop:
                     "kl": torch.tensor(record["kl"], dtype=torch.float64),
                     "step": torch.tensor(state.step),
                     "values": state.values.detach().clone(),
+                    **{f"{_HEAD}{name}": value for name, value in self._taken().items()},
                 }
         self._note(state, record)
-
-    def _check_task(self, learner: Learner) -> dict[str, float]:
-        samples = learner.held or learner.train[: self.settings.held_out_limit]
-        logits = predict(learner, samples, self.body.device, autocast(self.settings, self.body))
-        classes = logits.argmax(-1)
-        counts = torch.bincount(classes, minlength=logits.shape[-1])
-        result = {
-            "entropy": float(sample_entropy(logits).mean()),
-            "largest_class": float(counts.max() / len(classes)),
-        }
-        labels = learner.task.adapt.labels if learner.task.adapt is not None else None
-        if labels is not None:  # for the record alone: nothing is learned from it or chosen by it
-            right = classes == torch.tensor([labels[i] for i in samples])
-            result["accuracy"] = float(right.float().mean())
-        if all(i in learner.expert_logits for i in samples):
-            expert = torch.stack([learner.expert_logits[i] for i in samples])
-            wanted, found = expert.log_softmax(-1), logits.log_softmax(-1)
-            result["kl"] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
-            result["agreement"] = float((expert.argmax(-1) == classes).float().mean())
-            shares = torch.bincount(expert.argmax(-1), minlength=expert.shape[-1])
-            result["largest_class_of_expert"] = float(shares.max() / len(classes))
-        return result
 
     def _note(self, state: State, record: dict[str, Any]) -> None:
         state.history.append(record)
@@ -260,7 +258,31 @@ def run_batches(
     return losses
 
 
-def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optimizer:
+def check_task(learner: Learner, settings: AdaptSettings, body: Body) -> dict[str, float]:
+    """How the body answers a task's held-out samples: entropy, and agreement with the expert if known."""
+    samples = learner.held or learner.train[: settings.held_out_limit]
+    logits = predict(learner, samples, body.device, autocast(settings, body))
+    classes = logits.argmax(-1)
+    counts = torch.bincount(classes, minlength=logits.shape[-1])
+    result = {
+        "entropy": float(sample_entropy(logits).mean()),
+        "largest_class": float(counts.max() / len(classes)),
+    }
+    labels = learner.task.adapt.labels if learner.task.adapt is not None else None
+    if labels is not None:  # for the record alone: nothing is learned from it or chosen by it
+        right = classes == torch.tensor([labels[i] for i in samples])
+        result["accuracy"] = float(right.float().mean())
+    if all(i in learner.expert_logits for i in samples):
+        expert = torch.stack([learner.expert_logits[i] for i in samples])
+        wanted, found = expert.log_softmax(-1), logits.log_softmax(-1)
+        result["kl"] = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        result["agreement"] = float((expert.argmax(-1) == classes).float().mean())
+        shares = torch.bincount(expert.argmax(-1), minlength=expert.shape[-1])
+        result["largest_class_of_expert"] = float(shares.max() / len(classes))
+    return result
+
+
+def make_optimizer(settings: AdaptSettings, *values: Tensor) -> torch.optim.Optimizer:
     """The optimiser of torch by name and options.
 
     Raises:
@@ -274,7 +296,7 @@ def make_optimizer(settings: AdaptSettings, values: Tensor) -> torch.optim.Optim
         )
     try:
         make: Callable[..., torch.optim.Optimizer] = kind
-        optimizer = make([values], lr=settings.lr, **settings.optimizer_options)
+        optimizer = make(list(values), lr=settings.lr, **settings.optimizer_options)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer '{settings.optimizer}': {error}") from None
     return optimizer
@@ -300,13 +322,34 @@ def autocast(settings: AdaptSettings, body: Body) -> AbstractContextManager[Any]
 
 
 def predict(
+    learner: Learner, samples: Sequence[int], device: torch.device, precision: AbstractContextManager[Any]
+) -> Tensor:
+    """Logits ``(N, C)`` float32 on the CPU of these adaptation samples, in their order."""
+
+    def run(inputs: Inputs) -> Tensor:
+        return learner.task.forward(learner.module, inputs).float()
+
+    return run_over(learner, samples, device, precision, run)
+
+
+def run_over(
     learner: Learner,
     samples: Sequence[int],
     device: torch.device,
     precision: AbstractContextManager[Any],
+    run: Callable[[Inputs], Tensor],
     size: int = 64,
 ) -> Tensor:
-    """Logits ``(N, C)`` float32 on the CPU of these adaptation samples, in their order."""
+    """What a function gives for these adaptation samples, on the CPU and in their order.
+
+    Args:
+        learner: the task.
+        samples: their numbers; those of like cost are run together.
+        device: where to run.
+        precision: of the forward passes, see `autocast`.
+        run: a batch → ``(B, ...)``.
+        size: samples a batch.
+    """
     costs = learner.costs
     order = list(range(len(samples)))
     if costs is not None:
@@ -315,8 +358,8 @@ def predict(
     with torch.no_grad(), precision:
         for start in range(0, len(samples), size):
             chosen = [samples[position] for position in order[start : start + size]]
-            parts.append(learner.task.forward(learner.module, learner.inputs(chosen, device)).float().cpu())
-    logits = torch.cat(parts)
-    result = torch.empty_like(logits)
-    result[torch.tensor(order)] = logits
+            parts.append(run(learner.inputs(chosen, device)).cpu())
+    found = torch.cat(parts)
+    result = torch.empty_like(found)
+    result[torch.tensor(order)] = found
     return result

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .coefficients import Layout
+from .coefficients import COMBINED, Layout
 
 COLLAPSED = 0.95
 _DRIFT = 0.05
@@ -49,9 +49,9 @@ def warnings_of(history: Sequence[Mapping[str, Any]], chosen: int | None = None)
 
 
 def unused(values: Tensor, where: Layout) -> list[str]:
-    """Sentences about experts whose coefficients are all 0, as applied."""
+    """Sentences about experts whose coefficients are all 0, as applied; none if all are in a combined row."""
     idle = [row for row, own in zip(where.rows, values, strict=True) if not bool(own.any())]
-    if not idle:
+    if not idle or (COMBINED in where.rows and COMBINED not in idle):
         return []
     if len(idle) == len(where.rows):
         return ["all coefficients are 0: the merged model is the base"]

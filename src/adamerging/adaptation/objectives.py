@@ -98,6 +98,23 @@ def agreement(temperature: float = 1.0) -> Objective:
     return Objective("agreement", loss, "expert")
 
 
+def self_labels() -> Objective:
+    """Cross-entropy to the class that the expert predicts, where it may be trusted (SyMerge).
+
+    A sample counts where both predict the same class, or the expert is at least as sure of its own as the
+    merged model is of its.
+    """
+
+    def loss(logits: Tensor, expert: Tensor | None) -> Tensor:
+        assert expert is not None
+        sure, wanted = expert.to(logits.dtype).softmax(-1).max(-1)
+        mine, found = logits.detach().softmax(-1).max(-1)
+        kept = ((wanted == found) | (sure >= mine)).to(logits.dtype)
+        return (cross_entropy(logits, wanted, reduction="none") * kept).sum() / kept.sum().clamp_min(1)
+
+    return Objective("self_labels", loss, "expert")
+
+
 def supervised() -> Objective:
     """Cross-entropy with labels, for a small labelled sample. A labelled method, and named so."""
 
@@ -113,5 +130,6 @@ OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "filtered_entropy": filtered_entropy,
     "diverse_entropy": diverse_entropy,
     "agreement": agreement,
+    "self_labels": self_labels,
     "supervised": supervised,
 }

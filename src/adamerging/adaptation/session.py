@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ from ..errors import UsageError
 from ..recipe import Settings
 from ..run import Prepared, prepare
 from ..stream import Workers
+from ..surgery import Operation
 from ..tasks.task import Samples, Task
 from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
-from .cache import cached, content_of, key
+from .cache import computed, content_of, key
 from .coefficients import Layout, layout
 from .concrete import learn_mask
 from .gates import make_gates
+from .heads import LearnedHead, head_of
+from .layerwise import Distilled, distill
+from .layerwise_settings import asked_for
 from .loop import InterruptedRun, Learner, Loop, autocast, make_optimizer, predict
 from .objectives import OBJECTIVES, Objective
 from .parametrisation import Coefficients, Learned, Parametrisation
@@ -31,6 +36,7 @@ from .stack import build_stack, parse
 from .state import State, load_state, mask_state, save_state
 from .statistics import Gathering, gather
 from .store import VectorStore
+from .surgery import features, learn_operations
 
 Say = Callable[[str], None]
 
@@ -50,6 +56,8 @@ class Session:
         workers, body, learners: the working parts.
         hashes: sha256 of the weight files.
         fingerprint: of weights, data and settings; a saved state fits only the same.
+        heads: those that are learned along, by task.
+        distilled: how many coefficients were learned to make the merge that learning starts from.
     """
 
     prepared: Prepared
@@ -63,6 +71,8 @@ class Session:
     learners: list[Learner]
     hashes: Mapping[Path, str]
     fingerprint: str
+    heads: Mapping[str, LearnedHead] = field(default_factory=dict)
+    distilled: int = 0
 
     @property
     def where(self) -> Layout:
@@ -112,6 +122,7 @@ def begin(
         UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
     """
     objective = make_objective(settings)
+    options = asked_for(settings.start)
     make_optimizer(settings, torch.zeros(1, requires_grad=True))
     device = make_device(settings.device)
     vectors = prepared.vectors
@@ -130,9 +141,17 @@ def begin(
     ready = modules or {}
     learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
     attached = {learner.task.name: learner.module for learner in learners}
+    heads = make_heads(prepared, learners) if settings.heads == "learned" else {}
     texts = [str(item) for item in content]
     given = Gathering(vectors, body, ordered, attached, content, workers, say)
+    data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
+    distilled: Distilled | None = None
     parametrisation: Parametrisation
+    if options is not None:
+        split_by = [settings.held_out, settings.held_out_limit]
+        known = [] if any(task.has_code for task in ordered) else [content, data, *split_by]
+        distilled = distill(options, settings, prepared, body, learners, workers, known, say)
+        body.reset(vectors)
     if settings.granularity == "singular":
         informed = vectors
         for asked in (settings.start, settings.vectors):
@@ -143,8 +162,9 @@ def begin(
         parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
     else:
         stack = build_stack(
-            settings, vectors, workers, texts, say, lambda method, _, asked: gather(given, method, asked)
-        )
+            settings, vectors, workers, texts, say, lambda method, _, asked: gather(given, method, asked),
+            distilled,
+        )  # fmt: skip
         store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
         store.scan()
         if not store.entries():
@@ -152,7 +172,6 @@ def begin(
         where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
         parametrisation = Coefficients(store, where, stack.initial)
         labels, nbytes = stack.labels, stack.nbytes
-    data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
     if settings.mask is not None and settings.mask.logits and Path(settings.mask.logits).is_file():
@@ -162,7 +181,7 @@ def begin(
     fingerprint = key("state", content, data, dumped, merging, list(labels))
     session = Session(
         prepared, settings, objective, workers, parametrisation, labels, nbytes, body, learners, hashes,
-        fingerprint,
+        fingerprint, heads, 0 if distilled is None else distilled.parameters,
     )  # fmt: skip
     if ask:
         ask_experts(session, content, say)
@@ -195,6 +214,17 @@ def make_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device (='{name}') cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def make_heads(prepared: Prepared, learners: Sequence[Learner]) -> dict[str, LearnedHead]:
+    """Every task's head as its expert has it, to be learned along. Raises as `head_of`."""
+    vectors = prepared.vectors
+    return {
+        learner.task.name: head_of(
+            learner.task, learner.module, prepared.plan, vectors.experts[learner.task.name], vectors.base
+        )
+        for learner in learners
+    }
 
 
 def match_tasks(names: Sequence[str], tasks: Iterable[Task], objective: Objective) -> list[Task]:
@@ -246,26 +276,63 @@ def ask_experts(session: Session, content: Sequence[Any], say: Say) -> None:
     for number, learner in enumerate(session.learners):
         assert learner.task.adapt is not None
         held = learner.held or learner.train[: settings.held_out_limit]
-        samples = sorted({*learner.train, *held}) if session.objective.target == "expert" else list(held)
-        name = None
-        if learner.task.settings.get("kind", "module") != "module":  # what a module does has no fingerprint
-            expert = content[0], content[number + 1]
-            name = key(
-                "logits",
-                expert,
-                content_of_task(learner.task, learner.task.adapt),
-                samples,
-                settings.precision,
-            )
-        stored = cached_logits(name) if name is not None else None
-        if stored is None:
-            say(f"predictions of expert '{learner.task.name}' on {len(samples)} samples")
-            session.body.load_expert(session.prepared.vectors, learner.task.name)
-            stored = predict(learner, samples, session.body.device, autocast(settings, session.body))
-            if name is not None:
-                store_logits(name, stored)
+        learns = session.objective.target == "expert" and settings.steps > 0
+        samples = sorted({*learner.train, *held}) if learns else list(held)
+        ask = partial(predict, learner, samples, session.body.device, autocast(settings, session.body))
+        say_so = f"predictions of expert '{learner.task.name}' on {len(samples)} samples"
+        stored = _of_expert(session, content, number, ["logits", samples], ask, partial(say, say_so))
         learner.expert_logits = dict(zip(samples, stored, strict=True))
     session.body.reset(session.prepared.vectors)
+
+
+def operate_on(session: Session, merge: Callable[[], None], say: Say) -> dict[str, Operation]:
+    """Learn every task's surgery for a merged body, as the settings ask; none where they do not.
+
+    Args:
+        session: the run.
+        merge: makes the body the merged one.
+        say: told what is at work.
+    """
+    if session.settings.surgery is None:
+        return {}
+    inputs = [session.prepared.vectors.base, *session.prepared.vectors.experts.values()]
+    content = [content_of(weights, session.hashes) for weights in inputs]
+    settings, body = session.settings, session.body
+
+    numbers = {learner.task.name: number for number, learner in enumerate(session.learners)}
+
+    def of_expert(learner: Learner, at: str) -> Tensor:
+        number = numbers[learner.task.name]
+        look = partial(features, learner, at, learner.train, settings, body)
+        say_so = f"features of expert '{learner.task.name}' on {len(learner.train)} samples"
+        what = ["features", at, list(learner.train)]
+        return _of_expert(session, content, number, what, look, partial(say, say_so))
+
+    return learn_operations(session.learners, settings, session.prepared.plan, body, of_expert, merge, say)
+
+
+def _of_expert(
+    session: Session,
+    content: Sequence[Any],
+    number: int,
+    what: Sequence[Any],
+    compute: Callable[[], Tensor],
+    tell: Callable[[], None],
+) -> Tensor:
+    """What one expert makes of its inputs, from the cache where it is; the body may be left that expert."""
+    learner = session.learners[number]
+
+    def look() -> Tensor:
+        tell()
+        session.body.load_expert(session.prepared.vectors, learner.task.name)
+        return compute()
+
+    if learner.task.has_code:
+        return look()
+    data = content_of_task(learner.task, learner.task.adapt)
+    expert = content[0], content[number + 1]
+    name = key(what[0], expert, data, *what[1:], session.settings.precision)
+    return computed(name, lambda: {"values": look()})["values"]
 
 
 def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
@@ -277,26 +344,6 @@ def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
         digest.update(f"{name} {list(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return [samples.fingerprint, dict(task.settings), digest.hexdigest()]
-
-
-def cached_logits(name: str) -> Tensor | None:
-    """Logits stored under a key, or None."""
-    from safetensors.torch import load_file
-
-    from .cache import cache_folder
-
-    path = cache_folder() / f"{name}.safetensors"
-    try:
-        return load_file(path)["logits"] if path.exists() else None
-    except Exception:  # a damaged cache file is computed anew
-        return None
-
-
-def store_logits(name: str, logits: Tensor) -> None:
-    """Store logits under a key."""
-    from ..weights import Spec
-
-    cached(name, {"logits": Spec(tuple(logits.shape), logits.dtype)}, lambda writer: writer.write(logits))
 
 
 def hash_files(inputs: Sequence[Weights], workers: Workers) -> dict[Path, str]:
@@ -333,6 +380,19 @@ def use_mask(
     parametrisation.store.mask = parametrisation.mask.weights()
 
 
+def attach_heads(session: Session) -> list[dict[str, Tensor]]:
+    """Let the heads that are learned act in the learners' models; for each learner its learnable tensors."""
+    vectors, found = session.prepared.vectors, []
+    for learner in session.learners:
+        head = session.heads.get(learner.task.name)
+        if head is not None:
+            expert = vectors.experts[learner.task.name]
+            learner.task = head.attach(learner.task, learner.module, expert, vectors.base)
+            head.on = True
+        found.append(head.learnable() if head is not None else {})
+    return found
+
+
 def learn(
     session: Session,
     *,
@@ -362,6 +422,11 @@ def learn(
         if state_file is not None:
             save_state(state_file, current, session.fingerprint)
 
+    learnable = {
+        f"{learner.task.name}/{name}": tensor
+        for learner, own in zip(session.learners, attach_heads(session), strict=True)
+        for name, tensor in own.items()
+    }
     loop = Loop(
         settings,
         session.objective,
@@ -371,11 +436,20 @@ def learn(
         state,
         save,
         callback,
+        learnable,
     )
     try:
-        return loop.run()
-    except InterruptedRun:
-        if state_file is not None:
+        state = loop.run()
+        for tensor in learnable.values():
+            tensor.requires_grad_(False).grad = None
+        for name, value in state.heads.items():
+            task, _, own = name.partition("/")
+            session.heads[task].values[own] = value.cpu()
+        return state
+    except BaseException as error:
+        for head in session.heads.values():  # the models may be used again
+            head.detach()
+        if state_file is not None or not isinstance(error, InterruptedRun):
             raise
         raise InterruptedRun(
             f"stopped after {state.step} of {settings.steps} steps; with an output folder they would be kept"

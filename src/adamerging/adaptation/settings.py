@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UsageError
 from ..validation import make
+from .layerwise_settings import asked_for
 
 Granularity = Literal["task", "block", "tensor", "row", "singular"]
 
@@ -69,6 +70,31 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "concrete": {"steps": 1000, "clamp": "none", "mask": {}},
     # AdaRank as published (arXiv 2503.22178), over task arithmetic; over others with start: cart, tsv_m, ...
     "adarank": {"granularity": "singular", "steps": 10_000, "clamp": "none"},
+    # Layer-wise distillation (arXiv 2502.12706) as a start, and nothing learned on top of it.
+    "prodistill": {
+        "start": "prodistill",
+        "granularity": "task",
+        "initial": 0.0,
+        "clamp": "none",
+        "objective": "agreement",
+        "steps": 0,
+        "group_by_length": True,
+        "precision": "auto",
+    },
+    # Representation Surgery (arXiv 2402.02705) over plain task arithmetic.
+    "surgery": {
+        "start": "task_arithmetic",
+        "granularity": "task",
+        "initial": 0.0,
+        "clamp": "none",
+        "objective": "agreement",
+        "steps": 0,
+        "group_by_length": True,
+        "precision": "auto",
+        "surgery": {},
+    },
+    # SyMerge (its authors' released code): coefficients and heads together, from the experts' own labels.
+    "symerge": {"objective": "self_labels", "heads": "learned", "lr": 1e-2, "batch_size": 32},
 }
 
 
@@ -89,6 +115,18 @@ class MaskSettings(BaseModel):
     logits: str | None = Field(None, description="File of logits of an earlier run (mask.safetensors).")
 
 
+class SurgerySettings(BaseModel):
+    """Settings of surgery on features. Defaults are the paper's (arXiv 2402.02705)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    rank: int = Field(16, ge=1, description="Width of the module between its two matrices.")
+    steps: int = Field(500, ge=0, description="Iterations.")
+    lr: float = Field(1e-3, gt=0, description="Adam's rate.")
+    batch_size: int = Field(16, ge=1, description="Inputs of a task a step.")
+    batches_per_step: int = Field(2, ge=1, description="Batches an iteration, each with a step of its own.")
+
+
 class AdaptSettings(BaseModel):
     """Settings of adaptation. Defaults of the fields are those of the preset ``paper``."""
 
@@ -104,7 +142,8 @@ class AdaptSettings(BaseModel):
     )
     start: str | list[Any] | None = Field(
         None,
-        description="A method whose merged vector joins the stack with coefficient 1 (tsv_m, ties, ...).",
+        description="A method whose merged vector joins the stack with coefficient 1 (tsv_m, ties, ...), or "
+        "prodistill, which learns one block by block.",
     )
     vectors: str | list[Any] | None = Field(
         None,
@@ -129,6 +168,15 @@ class AdaptSettings(BaseModel):
     )
     gate: float = Field(
         0.1, gt=0, description="First distance of a gate from closing: gate / lr steps turn it (singular)."
+    )
+    heads: Literal["expert", "learned"] = Field(
+        "expert",
+        description="Each task's head: as the expert has it, or learned along with the coefficients.",
+    )
+    surgery: SurgerySettings | None = Field(
+        None,
+        description="Learn a small module for each task on the features before its head, after all else: "
+        "rank, steps, lr, batch_size, batches_per_step. The result is no single model.",
     )
     coefficients: str | None = Field(
         None, description="File of coefficients of an earlier run to start from."
@@ -198,6 +246,12 @@ def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings
         raise UsageError(
             f"adapt: {', '.join(useless)} is for coefficients; route: {settings.route} learns routers instead"
         )
+    own = [f"heads: {settings.heads}"] if settings.heads != "expert" else []
+    if own or settings.surgery is not None:
+        raise UsageError(
+            f"adapt: {' and '.join(own or ['surgery'])} gives each task a part of its own, and route: "
+            f"{settings.route} finds the task of each input; ask for one of them"
+        )
     if settings.route == "twin" and (idle := [key for key in ("objective", "keep") if key in fields]):
         raise UsageError(
             f"adapt: {', '.join(idle)} has no say with route: twin, whose router learns which task's data an "
@@ -237,6 +291,15 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
         )
     if settings.mask is not None and settings.granularity == "singular":
         raise UsageError("mask: a mask over values and gates on singular components exclude each other")
+    if settings.granularity == "singular" and asked_for(settings.start) is not None:
+        raise UsageError(
+            "granularity: singular opens and shuts components of task vectors or of a method's merge, and "
+            "prodistill learns a merge that has none; take another start, or another granularity"
+        )
+    if settings.surgery is not None and settings.heads == "learned":
+        raise UsageError(
+            "surgery and heads: learned are two ways to give each task a part of its own; ask for one of them"
+        )
     if settings.precision == "auto":
         chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
         settings = settings.model_copy(update={"precision": chosen})

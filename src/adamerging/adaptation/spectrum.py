@@ -30,8 +30,9 @@ from ..stream import Pipeline, Workers
 from ..task_vectors import TaskVectors
 from ..weights.source import Factors, Spec
 from .cache import cached, key
+from .coefficients import COMBINED
 from .settings import AdaptSettings
-from .stack import COMBINED, parse
+from .stack import parse
 
 
 @dataclass(frozen=True)

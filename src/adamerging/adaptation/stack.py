@@ -18,9 +18,9 @@ from ..stream import Pipeline, Workers
 from ..task_vectors import TaskVectors
 from ..weights.source import Spec
 from .cache import cached, key
+from .coefficients import COMBINED
+from .layerwise import Distilled
 from .settings import AdaptSettings
-
-COMBINED = "combined"
 
 Inform = Callable[[Method, TaskVectors, Any], tuple[TaskVectors, Sequence[str]]]
 """``(method, vectors, how it was asked for)`` → the vectors with its statistics, and what identifies them."""
@@ -52,6 +52,7 @@ def build_stack(
     content: Sequence[str],
     say: Callable[[str], None],
     inform: Inform = lambda method, vectors, asked: (vectors, []),
+    distilled: Distilled | None = None,
 ) -> Stack:
     """Compute, or take from the cache, what the settings ask for beyond the plain task vectors.
 
@@ -62,12 +63,13 @@ def build_stack(
         content: hashes of the weights, for the cache's key.
         say: told what is computed, and the size of what is stored.
         inform: gathers what methods must know of the tasks' inputs, and says what identifies it.
+        distilled: the combined row, where `start` was learned from data.
 
     Raises:
         UsageError: unknown methods or options; a transform that ends in one vector.
     """
     tasks = vectors.tasks
-    start = None if settings.start is None else parse(settings.start)
+    start = None if settings.start is None or distilled is not None else parse(settings.start)
     transform = None if settings.vectors is None else parse(settings.vectors)
     if transform is not None and (
         any(not stage.keeps_tasks for stage in transform.transform)
@@ -81,6 +83,8 @@ def build_stack(
     specs = {entry.name: Spec((depth, vectors.numel(entry)), vectors.dtype(entry)) for entry in entries}
     nbytes = sum(spec.nbytes for spec in specs.values())
     rows: Mapping[str, Tensor] = {}
+    if distilled is not None:
+        rows, nbytes = distilled.rows, nbytes + distilled.nbytes
     if depth:
         known: list[Any] = []
         pipelines = []
@@ -107,10 +111,12 @@ def build_stack(
                     factor = value_at(scale, entry.name, vectors.places[entry.name])
                     writer.write((torch.cat(pieces, 1) * factor).to(specs[entry.name].dtype).contiguous())
 
-        rows = cached(key("stack", stored, list(content)), specs, fill)
+        computed = cached(key("stack", stored, list(content)), specs, fill)
+        rows = {name: torch.cat([rows[name], row]) if rows else row for name, row in computed.items()}
     experts = transform is None or not transform.transform
-    labels = ((COMBINED,) if start is not None else ()) + tasks
-    initial = ((1.0,) if start is not None else ()) + (settings.initial,) * len(tasks)
+    combined = settings.start is not None
+    labels = ((COMBINED,) if combined else ()) + tasks
+    initial = ((1.0,) if combined else ()) + (settings.initial,) * len(tasks)
     return Stack(labels, initial, rows, experts, nbytes)
 
 

@@ -27,6 +27,7 @@ class State:
         optimizer: the optimiser's tensors, by name.
         statistics: BatchNorm statistics in use, by tensor name.
         best: the best state seen: its coefficients, statistics and step; empty where none is kept.
+        heads: learned heads, by task and tensor name; empty where none are learned.
         history: records of steps and checks.
     """
 
@@ -35,6 +36,7 @@ class State:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -50,23 +52,34 @@ def discard_state(path: Path) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser of one parameter as named tensors."""
-    state = optimizer.state_dict()["state"].get(0, {})
-    return {key: torch.as_tensor(value).detach().clone() for key, value in state.items() if value is not None}
+    """The state of an optimiser as named tensors; of all but the first parameter with its number before."""
+    return {
+        f"{number}.{key}" if number else key: torch.as_tensor(value).detach().clone()
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+        if value is not None
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
     if tensors:
         current = optimizer.state_dict()
-        current["state"] = {0: {key: value.clone() for key, value in tensors.items()}}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            number, dot, key = name.partition(".")
+            if dot:
+                state.setdefault(int(number), {})[key] = value.clone()
+            else:
+                state.setdefault(0, {})[name] = value.clone()
+        current["state"] = state
         optimizer.load_state_dict(current)
 
 
 def save_state(path: Path, state: State, fingerprint: str) -> None:
     """Write the state beside and rename."""
     tensors = {"values": state.values.detach().contiguous()}
-    for part in ("optimizer", "statistics", "best"):
+    for part in ("optimizer", "statistics", "best", "heads"):
         tensors |= {
             f"{part}/{name}": value.detach().contiguous() for name, value in getattr(state, part).items()
         }
@@ -98,7 +111,7 @@ def load_state(path: Path, fingerprint: str) -> State | None:
             f"the unfinished run saved in {path.parent} used other weights, data or settings than this one. "
             "Restore them to go on with it, or remove that folder to start anew"
         )
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "statistics": {}, "best": {}}
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "statistics": {}, "best": {}, "heads": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")
         if rest:

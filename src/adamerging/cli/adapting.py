@@ -108,15 +108,26 @@ def what_of(record: Mapping[str, Any]) -> str:
             f"the {routing['what']} ({record['coefficients']:,} numbers; the model routes "
             f"by input and has {routing['parameters']['times']:.1f} times the parameters of one)"
         )
-    gates = record.get("gates", 0)
-    scales = f"{record['coefficients'] - gates} coefficients"
-    return f"{scales} and {gates} gates of singular components" if gates else scales
+    parts, mask = record.get("parts", {}), record.get("mask", {}).get("logits", 0)
+    own, gates = parts.get("parameters", 0), record.get("gates", 0)
+    if not record["adapt"]["steps"]:
+        gates = 0
+    count = (record["parameters"] or record["coefficients"]) - own - mask - gates
+    counts = {
+        "coefficients": count,
+        "gates of singular components": gates,
+        "values of a mask": mask,
+        "values of heads" if parts.get("kind") == "heads" else "values of modules before the heads": own,
+    }
+    return " and ".join(f"{number} {what}" for what, number in counts.items() if number) or "0 coefficients"
 
 
 def _by(record: Mapping[str, Any]) -> str:
     """What it was learned from, in words."""
-    found: str = record["adapt"]["objective"]
-    return found if record.get("routing", {}).get("domains") is None else "whose task an input is of"
+    if record.get("routing", {}).get("domains") is not None:
+        return "whose task an input is of"
+    found: str = record["adapt"]["objective"] if record["adapt"]["steps"] else record["method"]
+    return found
 
 
 def _components(record: Mapping[str, Any]) -> Any:
@@ -156,6 +167,28 @@ def _kind(settings: AdaptSettings) -> str:
     return f"{settings.granularity}-wise coefficients"
 
 
+def _would(settings: AdaptSettings, named: str, steps: int) -> Iterator[str]:
+    """What a run would do, a sentence for each thing that it learns."""
+    from ..adaptation.layerwise_settings import asked_for
+
+    options = asked_for(settings.start)
+    if options is not None:
+        yield (
+            f"Would distil {named} block by block, in {options.epochs} epochs of {options.samples} inputs of "
+            "each at most."
+        )
+    if settings.mask is not None and settings.mask.steps:
+        yield f"Would learn a mask over the task vectors of {named}, in {settings.mask.steps} steps."
+    if steps or (options is None and settings.surgery is None):
+        heads = " and heads" if settings.heads == "learned" else ""
+        yield f"Would learn {_kind(settings)}{heads} for {named} by {settings.objective}, in {steps} steps."
+    if settings.surgery is not None:
+        yield (
+            f"Would learn a module of rank {settings.surgery.rank} before the head of each of {named}, in "
+            f"{settings.surgery.steps} iterations."
+        )
+
+
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from ..adaptation.adapt import tasks_of
     from ..adaptation.estimate import estimate_adaptation
@@ -175,11 +208,9 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
         )
         return
     console = show.console()
-    console.print(
-        f"Would learn {_kind(settings)} for {', '.join(prepared.vectors.tasks)} by "
-        f"{settings.objective}, in {found.steps} steps.",
-        soft_wrap=True,
-    )
+    named = ", ".join(prepared.vectors.tasks)
+    for text in _would(settings, named, found.steps):
+        console.print(text, soft_wrap=True)
     console.print()
     console.print(treatments(prepared.plan))
     console.print()

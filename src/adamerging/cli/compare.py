@@ -43,8 +43,7 @@ def compare(
             "-m",
             metavar="NAME,NAME",
             help="Methods (adamerging methods lists them) and presets of learning (adamerging, recommended, "
-            "paper, paper++, released, fusionbench, adarank, concrete, wemoe, twin, ...), or labels of the "
-            "recipe's own; instead of all of the recipe's.",
+            "adarank, symerge, wemoe, ...), or labels of the recipe's own; instead of all of the recipe's.",
         ),
     ] = None,
     seeds: Annotated[

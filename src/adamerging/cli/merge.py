@@ -86,8 +86,8 @@ def merge(
         typer.Option(
             "--adapt",
             metavar="PRESET|KEY=VALUE",
-            help="Learn the coefficients on the data: a preset (recommended, paper, released, paper++, "
-            "fusionbench, adarank, concrete, wemoe, twin, ...) or a setting, as steps=200; may be repeated.",
+            help="Learn the coefficients on the data: a preset (recommended, paper, adarank, symerge, wemoe, "
+            "...) or a setting, as steps=200; may be repeated.",
             rich_help_panel=flags.DATA,
         ),
     ] = None,

@@ -235,7 +235,7 @@ class Bench:
         for name in self.scored_tasks():
             if name == expert:
                 continue
-            kinds = [self.seats[task].task.settings.get("kind") for task in (expert, name)]
+            kinds = [self.seats[task].task.kind for task in (expert, name)]
             if kinds[0] != kinds[1]:
                 continue
             if not plan.heads.get(name) and not plan.heads.get(expert):

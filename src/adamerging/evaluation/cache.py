@@ -50,8 +50,7 @@ def result_key(model: str, head: str, task: Task, samples: Samples) -> str | Non
         task: its settings, and what its `collate` makes of the first samples, belong to the key.
         samples: their fingerprint belongs to it.
     """
-    kind = task.settings.get("kind", "module")
-    if (task.settings["of"] if kind == "unseen" else kind) == "module":
+    if task.has_code:
         return None
     return key("score", VERSION, model, head, content_of_task(task, samples))
 

@@ -61,10 +61,10 @@ def choose(
         saved = state.with_name(f"{state.stem}-{number}{state.suffix}")
         made = maker.merge(candidate, saved)
         model = bench.fingerprint()
-        scores = [
-            bench.score(made.model_for(name, bench, model), name, samples).record.accuracy
-            for name, samples in judges.items()
-        ]
+        scores = []
+        for name, samples in judges.items():
+            with made.model_for(name, bench, model) as own:
+                scores.append(bench.score(own, name, samples).record.accuracy)
         found.append((sum(scores) / len(scores), candidate, made))
     for number in range(len(candidates)):
         discard_state(state.with_name(f"{state.stem}-{number}{state.suffix}"))

@@ -275,20 +275,20 @@ class _Run:
         own = planned.experts if planned.kind == "expert" else planned.tasks
         anew = adapted_anew(bench.settings, made) if planned.group is None else None
         for task in own:
-            model = made.model_for(task, bench, whole)
-            scored = bench.score(model, task, logits=keep_logits)
-            records.append(scored.record)
-            if scored.result.logits is not None:
-                logits[task] = scored.result.logits
-            if not anew and planned.group is None:
-                for condition, samples in bench.conditions(task):
-                    records.append(bench.score(model, task, samples, condition).record)
+            with made.model_for(task, bench, whole) as model:
+                scored = bench.score(model, task, logits=keep_logits)
+                records.append(scored.record)
+                if scored.result.logits is not None:
+                    logits[task] = scored.result.logits
+                if not anew and planned.group is None:
+                    for condition, samples in bench.conditions(task):
+                        records.append(bench.score(model, task, samples, condition).record)
         if planned.kind == "expert":
             name = planned.experts[0]
             self.expert_logits |= logits
             for task, under in bench.answers(name):
                 records.append(bench.score(whole, task, under=under).record)
-        if made.own is None:  # a model for each task by its mask has none for a task without
+        if not made.per_task:  # a model for each task has none for a task without
             records += [bench.score(whole, task, unseen=True).record for task in planned.unseen]
         self._refer(planned, records)
         if anew and planned.wanted is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..plan import Plan
-from ..tasks.capture import inputs_of
+from ..tasks.capture import before_head
 from ..tasks.task import Inputs, Samples, Task
 from .inference import logits_of
 
@@ -58,17 +58,14 @@ def features(host: Host, module: nn.Module, inputs: Inputs) -> Tensor:
     if host.task.features is not None:
         found = host.task.features(module, inputs)
     else:
-        head = _head_parts(module, host.head)
-        linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
-        with inputs_of(head or linear) as seen:
-            host.task.forward(module, inputs)
-        if not seen:
+        seen = before_head(module, host.head, lambda: host.task.forward(module, inputs))
+        if seen is None:
             raise UsageError(
                 f"task '{host.task.name}': its model has neither a head of its own nor a linear layer that "
                 "runs, so it does not tell where its features are; name the submodule they go into "
                 "(feature_module, of a module task)"
             )
-        found = seen[0] if head else seen[-1]
+        found = seen[1]
     found = found if found.dtype == torch.float64 else found.float()
     return _one_vector(found, inputs, host.task.name)
 
@@ -86,17 +83,6 @@ def features_of(
 
     task = replace(host.task, forward=lambda module, inputs: features(host, module, inputs))
     return logits_of(module, task, samples, batch_size=batch_size, device=device)
-
-
-def _head_parts(module: nn.Module, head: Collection[str]) -> list[nn.Module]:
-    """The parts of a model that own tensors of its head, whatever the files call them."""
-    named = module.state_dict(keep_vars=True)
-    owned = {id(tensor) for name, tensor in named.items() if name in head}
-    return [
-        part
-        for part in module.modules()
-        if any(id(tensor) in owned for tensor in (*part._parameters.values(), *part._buffers.values()))
-    ]
 
 
 def _one_vector(found: Tensor, inputs: Inputs, task: str) -> Tensor:

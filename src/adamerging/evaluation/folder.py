@@ -36,12 +36,12 @@ class _Opened:
     Attributes:
         tasks: those it has heads for; None where it has one head, for whatever task it is given.
         parts: for a task its own weights, the body's, and what the folder says of the task.
-        complete: puts into a task's module what the folder keeps beside the body.
+        complete: puts into a task's module what the folder keeps beside the body, see `MergedModel.complete`.
     """
 
     tasks: tuple[str, ...] | None
     parts: Callable[[str], tuple[Weights, Weights, Mapping[str, Any]]]
-    complete: Callable[[str, nn.Module], None] = lambda task, module: None
+    complete: Callable[[Task, nn.Module], tuple[Task, str]] = lambda task, _: (task, "")
 
 
 def evaluate(
@@ -99,9 +99,9 @@ def evaluate(
         )
     scores, prints, data = [], {}, {}
     where = make_device(device)
-    for name, task, module in _ready(opened, specs):
+    for name, task, module, mark in _ready(opened, specs, where):
         say(f"scores: {name}")
-        prints[name] = fingerprint(module.state_dict())
+        prints[name] = fingerprint(module.state_dict()) + mark
         assert task.evaluate is not None
         data[name] = first(task.evaluate, limit).fingerprint
         scores.append(_score(task, module.to(where), prints[name], where, limit, bootstrap))
@@ -172,16 +172,18 @@ def _was_merged(path: Path) -> bool:
     return not isinstance(found, dict) or found.get("kind") != "export"
 
 
-def _ready(opened: _Opened, specs: Mapping[str, TaskSpec]) -> Iterator[tuple[str, Task, nn.Module]]:
-    """The tasks with their modules, one model in memory at a time."""
+def _ready(
+    opened: _Opened, specs: Mapping[str, TaskSpec], where: torch.device
+) -> Iterator[tuple[str, Task, nn.Module, str]]:
+    """The tasks with their modules and what marks their parts, one model in memory at a time."""
     for name, spec in specs.items():
         part, body, stated = opened.parts(name)
         known = {key: value for key, value in stated.items() if key in TaskSpec.model_fields}
         given = spec.model_dump(exclude_unset=True)
         task = make_task(name, TaskSpec.model_validate({**known, **given}), part, body)
-        module = task.skeleton(part, body)
-        opened.complete(name, module)
-        yield name, task, module
+        module = task.skeleton(part, body).to(where)
+        task, mark = opened.complete(task, module)
+        yield name, task, module, mark
 
 
 def _score(

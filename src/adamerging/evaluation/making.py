@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.adapt import run_warnings
+from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, run_warnings
 from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
 from ..adaptation.loop import Learner, estimate_statistics
+from ..adaptation.own_parts import Parts, own_warnings
 from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, applied_values, begin, learn, make_learner
 from ..adaptation.settings import resolve
@@ -44,6 +46,7 @@ class Made:
         parameters: how many numbers that is.
         own: makes the body the model of one task, where each task has one; again a merged body with a task
             that none was made for.
+        operations: a part that each task has of its own: surgery before its head, or a learned head.
     """
 
     again: Callable[[], None]
@@ -55,19 +58,38 @@ class Made:
     parameters: int | None = None
     seconds: float = field(default=0.0)
     own: Callable[[str], None] | None = None
+    operations: Parts = field(default_factory=dict)
 
-    def model_for(self, task: str, bench: Bench, model: str) -> str:
-        """Get the body ready to be scored on a task; its fingerprint.
+    @property
+    def per_task(self) -> bool:
+        """Whether each task has a model, or a part of one, of its own."""
+        return self.own is not None or bool(self.operations)
+
+    @contextmanager
+    def model_for(self, task: str, bench: Bench, model: str) -> Iterator[str]:
+        """Get the body ready to be scored on a task, and back; gives its fingerprint.
 
         Args:
             task: that comes next.
             bench: with the body.
             model: fingerprint of the body as it was made.
         """
-        if self.own is None:
-            return model
-        self.own(task)
-        return bench.fingerprint()
+        if self.own is not None:
+            self.own(task)
+            model = bench.fingerprint()
+        operation = self.operations.get(task)
+        if operation is None:
+            yield model
+            return
+        vectors, seat = bench.prepared.vectors, bench.seats[task]
+        own = operation.attach(seat.task, seat.module, vectors.experts[task], vectors.base)
+        bench.seats[task] = replace(seat, task=own)
+        try:
+            operation.on = True
+            yield f"{model} {operation.fingerprint}"
+        finally:
+            operation.detach()
+            bench.seats[task] = seat
 
 
 @dataclass(frozen=True)
@@ -232,22 +254,24 @@ class Maker:
 
         def again() -> None:
             bench.plain()
-            bench.body.reset(prepared.vectors)
-            session.parametrisation.materialise(bench.body.tensors, applied)
-            bench.body.load_statistics(state.statistics)
+            fill_merged(session, state, applied)
 
+        operations = add_operations(session, state, applied, self.say)
+        for operation in operations.values():
+            operation.detach()
         again()
         return Made(
             again,
             adapted=True,
             labelled=session.objective.target == "labels",
-            warnings=run_warnings(session, state, applied),
+            warnings=[*run_warnings(session, state, applied), *own_warnings(session)],
             history=state.history,
             coefficients=_coefficients(
                 session, table(session.parametrisation.coefficients(applied), session.where)
             ),
-            parameters=session.parametrisation.count(applied),
+            parameters=learned_parameters(session, state, applied, operations),
             seconds=time.perf_counter() - started,
+            operations=operations,
         )
 
     def _timed(self, fill: Callable[[], None]) -> Made:

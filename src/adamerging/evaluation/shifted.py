@@ -40,12 +40,13 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
             if task in bench.seats and (shift.tasks is None or task in shift.tasks)
         }
         maker.say(f"{planned.label}: {condition}")
-        replace(maker, tasks=affected).merge(chosen)
-        model = bench.fingerprint()
+        made = replace(maker, tasks=affected).merge(chosen)
+        whole = bench.fingerprint()
         for task in affected:
-            for other, samples in bench.conditions(task):
-                if other == condition:
-                    records.append(bench.score(model, task, samples, condition).record)
+            with made.model_for(task, bench, whole) as model:
+                for other, samples in bench.conditions(task):
+                    if other == condition:
+                        records.append(bench.score(model, task, samples, condition).record)
     return records
 
 

@@ -146,9 +146,8 @@ def held_out_data(task: Task, expert: Weights, base: Weights) -> UnseenData:
         )
     names = task.label_names
     train, evaluate, classes = _numbered(task.name, train, task.evaluate, head, names)
-    kind = str(task.settings.get("kind", "module"))
-    own = task.collate if kind == "module" else None
-    return UnseenData(task.name, evaluate, train, head, names, classes, kind=kind, collate=own)
+    own = task.collate if task.kind == "module" else None
+    return UnseenData(task.name, evaluate, train, head, names, classes, kind=task.kind, collate=own)
 
 
 def host_for(data: UnseenData, hosts: Iterable[Host]) -> Host:
@@ -159,12 +158,11 @@ def host_for(data: UnseenData, hosts: Iterable[Host]) -> Host:
     """
     hosts = [host for host in hosts if host.task.name != data.name]
     for host in hosts:
-        kind = host.task.settings.get("kind", "module")
-        if host.task.name == data.like or (data.like is None and kind == data.kind):
+        if host.task.name == data.like or (data.like is None and host.task.kind == data.kind):
             return host
     # In a split the task it is like may be left out itself; another of its kind prepares inputs alike.
     for host in hosts:
-        if host.task.settings.get("kind", "module") == data.kind:
+        if host.task.kind == data.kind:
             return host
     raise UsageError(
         f"unseen task '{data.name}' is of kind {data.kind}, and no merged task is: none can lend it a model"
@@ -286,7 +284,7 @@ def _like(where: str, spec: UnseenSpec, tasks: Sequence[Task]) -> Task:
         known = ", ".join(task.name for task in tasks)
         raise UsageError(f"{where}: like (='{spec.like}') is no task of the recipe; these are {known}")
     for task in tasks:
-        if spec.kind is None or task.settings.get("kind", "module") == spec.kind:
+        if spec.kind is None or task.kind == spec.kind:
             return task
     raise UsageError(
         f"{where} is of kind {spec.kind}, and no task of the recipe is: none can lend it a model"
@@ -294,7 +292,7 @@ def _like(where: str, spec: UnseenSpec, tasks: Sequence[Task]) -> Task:
 
 
 def _read(name: str, spec: UnseenSpec, like: Task, folder: Path | None) -> UnseenData:
-    where, kind = f"unseen task '{name}'", str(like.settings.get("kind", "module"))
+    where, kind = f"unseen task '{name}'", like.kind
     if spec.collate is not None and kind != "module":
         raise UsageError(f"{where} is of kind {kind}, which has no use for: collate")
     if spec.evaluate is None or (spec.train is None) == (spec.head is None):

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
+from ..adaptation.settings import PRESETS
 from ..errors import UsageError
 from .stage import Method
 
@@ -69,6 +70,11 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """
     options = options or {}
     if name not in _METHODS:
+        if name in PRESETS:
+            raise UsageError(
+                f"'{name}' is no method but a preset of learning on the tasks' data: adapt: {name} "
+                f"(--adapt {name})"
+            )
         raise UsageError(
             f"unknown method '{name}'{_nearest(name, _METHODS)}; `adamerging methods` lists them all"
         )

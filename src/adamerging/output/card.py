@@ -73,6 +73,18 @@ def _data_note(record: Mapping[str, Any]) -> str:
             "for every input. `adamerging.load` and `adamerging.load_module` open it so; the body by itself "
             "is the merge it started from."
         )
+    parts = record.get("parts", {}).get("kind")
+    if parts == "heads":
+        notes.append(
+            "The heads in `heads/` were **learned along with the coefficients**: they belong to this merge "
+            "and are not the experts'."
+        )
+    if parts == "surgery":
+        notes.append(
+            "Each task has **a small module of its own** before its head (representation surgery), in "
+            "`parts/`. It acts when the folder is opened with the task's name; the body by itself is the "
+            "merge without."
+        )
     if record.get("labelled"):
         notes.append("The coefficients were learned from **labelled** data.")
     if record.get("transductive"):

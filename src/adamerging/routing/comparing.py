@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adaptation.adapt import run_warnings
+from ..adaptation.adapt import learned_parameters, run_warnings
 from ..adaptation.coefficients import table
 from ..adaptation.session import Say, begin
 from ..adaptation.settings import AdaptSettings
@@ -60,7 +60,7 @@ def learned_routes(
         warnings=[routed.description, *run_warnings(routed.session, state, gates)],
         history=state.history,
         coefficients=_gates(routed, table(gates, routed.session.where)),
-        parameters=state.values.numel(),
+        parameters=learned_parameters(routed.session, state, gates, {}),
         seconds=time.perf_counter() - started,
     )
 

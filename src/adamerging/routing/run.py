@@ -24,7 +24,6 @@ from ..stream import Workers
 from ..tasks.task import Task
 from .folder import routes_nbytes, routes_record, write_routes
 from .session import RoutedSession, learn_routes, mean_gates, route
-from .settings import TITLES
 
 
 def run_routed(
@@ -91,7 +90,6 @@ def routed_record(
     record = adapt_record(session, state, gates.mean(0), started, transductive)
     mean = gates.mean(-1)
     return record | {
-        "method": TITLES[session.settings.route],
         "routing": {
             "kind": session.settings.route,
             "tasks": list(routes.tasks),

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adaptation.coefficients import Layout
+from ..adaptation.coefficients import COMBINED, Layout
 from ..adaptation.loop import autocast, predict
 from ..adaptation.parametrisation import Coefficients
 from ..adaptation.session import Session, learn
-from ..adaptation.stack import COMBINED
 from ..adaptation.state import State
 from ..adaptation.store import VectorStore
 from ..evaluation.cache import fingerprint

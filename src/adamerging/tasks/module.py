@@ -179,7 +179,7 @@ def _before(
             raise UsageError(
                 f"task '{task}': the submodule {submodule!r}, which feature_module names, does not run"
             )
-        return seen[0]
+        return seen[0][1]
 
     return features
 

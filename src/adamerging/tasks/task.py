@@ -69,3 +69,13 @@ class Task:
     settings: Mapping[str, Any] = field(default_factory=dict)
     features: Callable[[nn.Module, Inputs], Tensor] | None = None
     fixed_head: Callable[[Weights, Weights], Tensor] | None = None
+
+    @property
+    def kind(self) -> str:
+        """How it was made, see `adamerging.tasks.spec.Kind`; ``module`` where it runs code of the user's."""
+        return str(self.settings.get("kind", "module"))
+
+    @property
+    def has_code(self) -> bool:
+        """Whether it runs code of the user's, which has no fingerprint to keep results by."""
+        return (self.settings["of"] if self.kind == "unseen" else self.kind) == "module"

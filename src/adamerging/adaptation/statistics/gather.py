@@ -121,7 +121,7 @@ class _Run:
         from ...evaluation.cache import own_fingerprint  # which itself builds on this package's cache
         from ..session import content_of_task
 
-        if self.task.settings.get("kind", "module") == "module":
+        if self.task.has_code:
             return None
         given = self.given
         expert = given.vectors.experts[self.task.name]
