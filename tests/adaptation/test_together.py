@@ -66,7 +66,7 @@ def test_a_folder_counts_and_scores_what_was_learned(name, root, cli, tmp_path):
     assert record["method"] == NAMES[name]
     kind = record.get("parts", {}).get("kind")
     assert kind == ("heads" if "heads" in RUNS[name] else "surgery" if "surgery" in RUNS[name] else None)
-    assert not own or f" and {own} values of " in ended.out
+    assert not own or f" {own} values of " in ended.out
     data = {task: root / f"{task}_test.jsonl" for task in CLASSES}
     found = {
         score.task: score.accuracy for score in am.evaluate(tmp_path / "merged", data, bootstrap=5).scores
