@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe, load_recipe
     from .run import MergeResult, merge
     from .serving import MergedModel, export, load, load_module
+    from .sharing.compress import compress
     from .sharing.run import ShareResult, share
     from .sharing.settings import ShareRecipe, load_share_recipe
     from .tasks import (
@@ -62,6 +63,7 @@ _HOME = {
     "export": "serving",
     "load": "serving",
     "load_module": "serving",
+    "compress": "sharing.compress",
     "ShareRecipe": "sharing.settings",
     "load_share_recipe": "sharing.settings",
     "ShareResult": "sharing.run",
@@ -96,6 +98,7 @@ __all__ = [
     "WeightsError",
     "adapt",
     "compare",
+    "compress",
     "embedding_text_task",
     "evaluate",
     "export",

@@ -60,7 +60,7 @@ def test_every_chart_is_seen_and_its_table_holds_the_records(browser: Browser, h
         "[...document.querySelectorAll('figure')].map(f => Math.max(...[...f.querySelectorAll('svg')]"
         ".map(s => s.getBoundingClientRect().height)))"
     )
-    assert len(heights) == 16
+    assert len(heights) == 17
     assert min(heights) > 80
     script = (
         "[...document.querySelectorAll('#chart-kept table tbody tr')].map(r => [r.cells[0].textContent,"

@@ -124,7 +124,7 @@ def evaluate(
 
 def _recorded(path: Path, data: Mapping[str, str]) -> dict[str, tuple[float, str]]:
     """The experts' accuracies that the merge found on the same data, and where they are written."""
-    if not _was_merged(path):
+    if is_store(path) or not _was_merged(path):
         return {}
     found = json.loads((path / RECORD).read_text(encoding="utf-8")).get("scores")
     if not isinstance(found, dict):

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .run import FrontierPoint, ShareResult, Trial, share
     from .settings import ShareRecipe, SweepSettings, TapsSettings, load_share_recipe
     from .shared_task import SharedTask
+    from .store import add_task, remove_task, write_store
+    from .switching import Switch
     from .taps import Gate, Gates, gate_layers
 
 _HOME = {
@@ -22,6 +24,10 @@ _HOME = {
     "ShareRecipe": "settings",
     "ShareResult": "run",
     "SharedTask": "shared_task",
+    "Switch": "switching",
+    "add_task": "store",
+    "remove_task": "store",
+    "write_store": "store",
     "SweepSettings": "settings",
     "Trial": "run",
     "find_layers": "layers",
@@ -40,11 +46,15 @@ __all__ = [
     "ShareResult",
     "SharedTask",
     "SweepSettings",
+    "Switch",
     "Trial",
+    "add_task",
     "find_layers",
     "gate_layers",
     "load_share_recipe",
+    "remove_task",
     "share",
+    "write_store",
 ]
 
 
