@@ -310,6 +310,7 @@ STATIC = {
     "task arithmetic": {"method": "task_arithmetic"},
     "TIES": {"method": "ties"},
     "TSV-M": {"method": "tsv_m"},
+    "WUDI": {"method": "wudi", "options": {"matrices": "all"}},
 }
 
 # Coefficients learned on the unlabeled images. The paper takes 500 steps of 0.001; these are few and large
@@ -440,7 +441,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
         f"({paper.label}); the best of those chosen by no data is {default.label} with {default.kept:.0f} %."
     )
     said.append(
-        f"The recommended preset starts from TSV-M and learns by agreement with the experts: "
+        f"The recommended preset starts from WUDI and learns by agreement with the experts: "
         f"{recommended.kept:.0f} %. No method saw a label."
     )
     return said

@@ -14,11 +14,11 @@ from .layerwise_settings import asked_for
 Granularity = Literal["task", "block", "tensor", "row", "singular"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The product's default, see docs/adapting.md: a TSV-M merge to start from, a coefficient for every row
+    # The product's default, see docs/adapting.md: a WUDI merge to start from, a coefficient for every row
     # of every expert on top of it, learned by agreement with the experts, best held-out state kept.
     "recommended": {
         "granularity": "row",
-        "start": "tsv_m",
+        "start": [{"wudi": {"matrices": "all"}}],
         "initial": 0.0,
         "clamp": "none",
         "objective": "agreement",
