@@ -142,36 +142,15 @@ def begin(
     learners = [make_learner(task, body, prepared, settings, ready.get(task.name)) for task in ordered]
     attached = {learner.task.name: learner.module for learner in learners}
     heads = make_heads(prepared, learners) if settings.heads == "learned" else {}
-    texts = [str(item) for item in content]
     given = Gathering(vectors, body, ordered, attached, content, workers, say)
     data: list[Any] = [[task.name, content_of_task(task, task.adapt)] for task in ordered]
     distilled: Distilled | None = None
-    parametrisation: Parametrisation
     if options is not None:
         split_by = [settings.held_out, settings.held_out_limit]
         known = [] if any(task.has_code for task in ordered) else [content, data, *split_by]
         distilled = distill(options, settings, prepared, body, learners, workers, known, say)
         body.reset(vectors)
-    if settings.granularity == "singular":
-        informed = vectors
-        for asked in (settings.start, settings.vectors):
-            if asked is not None and (method := parse(asked)).statistics is not None:
-                informed, found = gather(given, method, asked)
-                texts += map(str, found)
-        gates = make_gates(settings, informed, workers, texts, device, say)
-        parametrisation, labels, nbytes = gates, gates.rows, gates.spectrum.nbytes
-    else:
-        stack = build_stack(
-            settings, vectors, workers, texts, say, lambda method, _, asked: gather(given, method, asked),
-            distilled,
-        )  # fmt: skip
-        store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
-        store.scan()
-        if not store.entries():
-            raise UsageError("every expert is identical to the base: there is nothing to merge")
-        where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
-        parametrisation = Coefficients(store, where, stack.initial)
-        labels, nbytes = stack.labels, stack.nbytes
+    parametrisation, labels, nbytes = parametrise(settings, given, device, distilled)
     if settings.coefficients is not None and Path(settings.coefficients).is_file():
         data.append(sha256_file(Path(settings.coefficients)))
     if settings.mask is not None and settings.mask.logits and Path(settings.mask.logits).is_file():
@@ -186,6 +165,36 @@ def begin(
     if ask:
         ask_experts(session, content, say)
     return session
+
+
+def parametrise(
+    settings: AdaptSettings, given: Gathering, device: torch.device, distilled: Distilled | None
+) -> tuple[Parametrisation, tuple[str, ...], int]:
+    """What is learned, the labels of its rows, and the bytes it keeps in the disk cache.
+
+    Raises:
+        UsageError: see `make_gates` and `build_stack`; every expert is the base.
+    """
+    vectors, workers, say = given.vectors, given.workers, given.say
+    texts = [str(item) for item in given.content]
+    if settings.granularity == "singular":
+        informed = vectors
+        for asked in (settings.start, settings.vectors):
+            if asked is not None and (method := parse(asked)).statistics is not None:
+                informed, found = gather(given, method, asked)
+                texts += map(str, found)
+        gates = make_gates(settings, informed, workers, texts, device, say)
+        return gates, gates.rows, gates.spectrum.nbytes
+    stack = build_stack(
+        settings, vectors, workers, texts, say, lambda method, _, asked: gather(given, method, asked),
+        distilled,
+    )  # fmt: skip
+    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
+    store.scan()
+    if not store.entries():
+        raise UsageError("every expert is identical to the base: there is nothing to merge")
+    where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
+    return Coefficients(store, where, stack.initial), stack.labels, stack.nbytes
 
 
 def make_objective(settings: AdaptSettings) -> Objective:
