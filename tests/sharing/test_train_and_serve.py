@@ -10,9 +10,7 @@ import pytest
 import adamerging as am
 
 
-def test_a_trained_store_is_scored_and_exported_as_it_was_trained(
-    cli, sharing, tmp_path: Path
-) -> None:
+def test_a_trained_store_is_scored_and_exported_as_it_was_trained(cli, sharing, tmp_path: Path) -> None:
     ended = cli("share", sharing(), "--json")
     assert ended.code == 0, ended.err
     trained = json.loads(ended.out)["tasks"]

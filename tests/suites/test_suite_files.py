@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adamerging.adaptation.settings import resolve
+from adamerging.adaptation.settings import PRESETS, resolve
 from adamerging.evaluation.settings import CompareSettings
 from adamerging.evaluation.unseen import unseen_spec
 from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe
@@ -50,7 +50,7 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
         if entry is not None and entry.adapt is not None:
             resolve({"preset": entry.adapt} if isinstance(entry.adapt, str) else entry.adapt)
         else:
-            assert ((entry and entry.method) or label) in {*methods(), "recommended", "paper", "paper++"}
+            assert ((entry and entry.method) or label) in {*methods(), *PRESETS}
     assert "${" not in str([filled.finetune, filled.merge, filled.compare, filled.folders])
     assert set(suite.floors) <= set(suite.data.tasks)
 

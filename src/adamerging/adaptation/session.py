@@ -341,7 +341,7 @@ def _of_expert(
     data = content_of_task(learner.task, learner.task.adapt)
     expert = content[0], content[number + 1]
     name = key(what[0], expert, data, *what[1:], session.settings.precision)
-    return computed(name, lambda: {"values": look()})["values"]
+    return computed(name, lambda: {what[0]: look()})[what[0]]
 
 
 def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
