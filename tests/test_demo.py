@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TASKS = ["digits", "letters", "textures", "damage"]
-ROWS = ["base", "experts", "average, as is", "average", "task arithmetic", "TIES", "TSV-M"]
+ROWS = ["base", "experts", "average, as is", "average", "task arithmetic", "TIES", "TSV-M", "WUDI"]
 ROWS += ["AdaMerging, task", "AdaMerging", "AdaMerging++", "recommended"]
 
 
