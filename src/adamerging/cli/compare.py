@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -77,15 +77,15 @@ def compare(
     """
     from ..recipe import load_recipe
 
-    changes = flags.given(methods=names_of(methods), seeds=numbers_of(seeds), limit=limit)
     loaded = load_recipe(recipe)
-    if "methods" in changes:
-        own = described(loaded)
-        changes["methods"] = [{name: own[name]} if name in own else name for name in changes["methods"]]
+    own = described(loaded)
+    names = names_of(methods, own)
+    chosen = [{name: own[name]} if name in own else name for name in names]
+    changes = flags.given(methods=chosen, seeds=numbers_of(seeds), limit=limit)
     from ..evaluation.compare import compare as run
 
     folder = out if out is not None else Path("runs") / recipe.stem
-    given = {"--methods": ",".join(names_of(methods)), "--seeds": seeds, "--limit": limit}
+    given = {"--methods": ",".join(names), "--seeds": seeds, "--limit": limit}
     with progress() as say:
         found = run(loaded, out=folder, say=say, command=command_of(recipe, folder, given), **changes)
         page = None if no_report else _page(folder, say)
@@ -118,13 +118,24 @@ def _page(folder: Path, say: Callable[[str], None]) -> Path | None:
     return write_report(folder).out
 
 
-def names_of(arguments: list[str] | None) -> list[str]:
+def names_of(arguments: list[str] | None, labels: Collection[str] = ()) -> list[str]:
     """Names from one or more comma-separated lists.
+
+    Args:
+        arguments: the lists.
+        labels: names that may hold commas themselves; the longest that fits is meant.
 
     Raises:
         UsageError: a name that is empty.
     """
-    names = [name.strip() for argument in arguments or [] for name in argument.split(",")]
+    names = []
+    for argument in arguments or []:
+        parts = [part.strip() for part in argument.split(",")]
+        while parts:
+            ends = range(len(parts), 1, -1)
+            end = next((end for end in ends if ", ".join(parts[:end]) in labels), 1)
+            names.append(", ".join(parts[:end]))
+            parts = parts[end:]
     if any(not name for name in names):
         raise UsageError("--methods takes names with commas between them, as ties,dare")
     return names
