@@ -12,8 +12,6 @@ gradient, five times the weights that are merged.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import UsageError
 from .loop import InterruptedRun, NonFiniteLossError, make_optimizer, run_batches
 from .mask import Mask, gradient_of_logits, load_logits, relaxed_bernoulli, rescaled
 from .parametrisation import Coefficients
 from .settings import MaskSettings
+from .state import read_progress, write_progress
 
 if TYPE_CHECKING:
     from .session import Session
@@ -193,33 +189,13 @@ def seed_of(seed: int, name: str, step: int) -> int:
 def save_mask(path: Path, state: MaskState, fingerprint: str) -> None:
     """Write the state beside and rename."""
     tensors = {f"logits/{name}": value for name, value in state.logits.items()} | state.moments
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.next")
-    metadata = {"step": str(state.step), "fingerprint": fingerprint, "history": json.dumps(state.history)}
-    save_file({name: value.detach() for name, value in tensors.items()}, beside, metadata)
-    os.replace(beside, path)
+    write_progress(path, tensors, state.step, state.history, fingerprint)
 
 
 def load_mask(path: Path, fingerprint: str, names: Sequence[str]) -> MaskState | None:
-    """The saved state of the same run; None where there is none.
-
-    Raises:
-        UsageError: the file belongs to another run, or is damaged.
-    """
-    if not path.exists():
+    """The saved state of the same run; None where there is none. Raises as `read_progress`."""
+    found = read_progress(path, fingerprint)
+    if found is None:
         return None
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"the saved state {path} cannot be read ({error}); remove it to start anew"
-        ) from None
-    if metadata.get("fingerprint") != fingerprint:
-        raise UsageError(
-            f"the unfinished run saved in {path.parent} used other weights, data or settings than this one. "
-            "Restore them to go on with it, or remove that folder to start anew"
-        )
-    logits = {name: tensors.pop(f"logits/{name}") for name in names}
-    return MaskState(logits, tensors, int(metadata["step"]), json.loads(metadata["history"]))
+    tensors, step, history = found
+    return MaskState({name: tensors.pop(f"logits/{name}") for name in names}, tensors, step, history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,37 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 def save_state(path: Path, state: State, fingerprint: str) -> None:
     """Write the state beside and rename."""
-    tensors = {"values": state.values.detach().contiguous()}
+    tensors = {"values": state.values}
     for part in ("optimizer", "statistics", "best", "heads"):
-        tensors |= {
-            f"{part}/{name}": value.detach().contiguous() for name, value in getattr(state, part).items()
-        }
+        tensors |= {f"{part}/{name}": value for name, value in getattr(state, part).items()}
+    write_progress(path, tensors, state.step, state.history, fingerprint)
+
+
+def write_progress(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    step: int,
+    history: Sequence[Mapping[str, Any]],
+    fingerprint: str,
+) -> None:
+    """Write where a run is, beside and renamed.
+
+    Args:
+        path: the file.
+        tensors: all that the next step depends on.
+        step: steps done.
+        history: their records.
+        fingerprint: of the run; `read_progress` refuses that of another one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".next")
-    metadata = {"step": str(state.step), "fingerprint": fingerprint, "history": json.dumps(state.history)}
-    save_file(tensors, beside, metadata)
+    beside = path.with_name(f"{path.name}.next")
+    metadata = {"step": str(step), "fingerprint": fingerprint, "history": json.dumps(history)}
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, beside, metadata)
     os.replace(beside, path)
 
 
-def load_state(path: Path, fingerprint: str) -> State | None:
-    """The saved state of the same run; None where there is none.
+def read_progress(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], int, list[dict[str, Any]]] | None:
+    """Tensors, steps and history as `write_progress` wrote them; None where there is no file.
 
     Raises:
         UsageError: the file belongs to a run with other weights, data or settings, or is damaged.
@@ -111,9 +128,18 @@ def load_state(path: Path, fingerprint: str) -> State | None:
             f"the unfinished run saved in {path.parent} used other weights, data or settings than this one. "
             "Restore them to go on with it, or remove that folder to start anew"
         )
+    return tensors, int(metadata["step"]), json.loads(metadata["history"])
+
+
+def load_state(path: Path, fingerprint: str) -> State | None:
+    """The saved state of the same run; None where there is none. Raises as `read_progress`."""
+    found = read_progress(path, fingerprint)
+    if found is None:
+        return None
+    tensors, step, history = found
     parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "statistics": {}, "best": {}, "heads": {}}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")
         if rest:
             parts[part][rest] = value
-    return State(int(metadata["step"]), tensors["values"], **parts, history=json.loads(metadata["history"]))
+    return State(step, tensors["values"], **parts, history=history)

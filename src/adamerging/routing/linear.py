@@ -1,4 +1,4 @@
-"""The module that stands in a model for a linear map that is routed."""
+"""The modules that stand in a model for linear maps that are routed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,33 @@ from .gates import Gate, Router
 from .mixing import mixed_linear
 
 
-class RoutedLinear(nn.Module):
+class Routed(nn.Module):
+    """What stands in a model for a linear map that is routed.
+
+    Args:
+        plain: the map it stands for, which runs instead while routing is off.
+        gate: that it asks for the weights of the experts.
+    """
+
+    def __init__(self, plain: nn.Module, gate: Gate) -> None:
+        super().__init__()
+        self.plain, self.gate = plain, gate
+        self.turned = isinstance(plain, Conv1D)
+
+    @property
+    def weight(self) -> Tensor:
+        """The plain map's: some models look at its dtype."""
+        found: Tensor = self.plain.weight  # type: ignore[assignment]
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The plain map's."""
+        found: Tensor | None = self.plain.bias  # type: ignore[assignment]
+        return found
+
+
+class RoutedLinear(Routed):
     """A linear map with weights of its own for every sample: base + Σ_t gate_t · change_t.
 
     Args:
@@ -29,23 +55,10 @@ class RoutedLinear(nn.Module):
         gate: Gate,
         router: Router | None = None,
     ) -> None:
-        super().__init__()
-        self.plain, self.gate, self.router = plain, gate, router
+        super().__init__(plain, gate)
+        self.router = router
         self.base_weight, self.base_bias = base
         self.change_weight, self.change_bias = change
-        self.turned = isinstance(plain, Conv1D)
-
-    @property
-    def weight(self) -> Tensor:
-        """The plain map's: some models look at its dtype."""
-        found: Tensor = self.plain.weight  # type: ignore[assignment]
-        return found
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The plain map's."""
-        found: Tensor | None = self.plain.bias  # type: ignore[assignment]
-        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, ..., I) → (B, ..., O)``."""

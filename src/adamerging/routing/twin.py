@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import WeightsError
 from ..methods.spectral import leading
 from .gates import Flow, Gate, Router, mask_in, mean_over_tokens, tokens_of
+from .linear import Routed
 from .sites import Site, linear_maps
 
 LEFT, RIGHT = ".left", ".right"
@@ -41,7 +41,7 @@ class Factored:
     bias: nn.Parameter | None
 
 
-class FactoredLinear(nn.Module):
+class FactoredLinear(Routed):
     """A linear map plus, for every sample, some of each expert's difference: Σ_t gate_t · left_t right_t.
 
     Args:
@@ -51,22 +51,8 @@ class FactoredLinear(nn.Module):
     """
 
     def __init__(self, plain: nn.Module, change: Factored, gate: Gate) -> None:
-        super().__init__()
-        self.plain, self.gate = plain, gate
+        super().__init__(plain, gate)
         self.left, self.right, self.change_bias = change.left, change.right, change.bias
-        self.turned = isinstance(plain, Conv1D)
-
-    @property
-    def weight(self) -> Tensor:
-        """The plain map's: some models look at its dtype."""
-        found: Tensor = self.plain.weight  # type: ignore[assignment]
-        return found
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The plain map's."""
-        found: Tensor | None = self.plain.bias  # type: ignore[assignment]
-        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, ..., I) → (B, ..., O)``."""
