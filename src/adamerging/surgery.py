@@ -8,7 +8,6 @@ part for each task, and needs the task's name. A folder holds them as ``parts/<t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
+from .adaptation.cache import fingerprint
 from .errors import UsageError, WeightsError
 from .output.folder import OutputFolder
 from .output.tensors import write_tensors
@@ -105,10 +105,7 @@ class Operation:
     @property
     def fingerprint(self) -> str:
         """Of its values and its place."""
-        digest = hashlib.sha256(self.at.encode())
-        for tensor in (self.module.down, self.module.up):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint({f"{self.at}/{name}": t for name, t in self.module.state_dict().items()})
 
     def _before(
         self, _: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]

@@ -12,13 +12,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..output.tensors import TensorWriter
@@ -67,6 +67,31 @@ def content_of(weights: Weights, hashes: Mapping[Path, str]) -> list[str]:
             weights.read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         )
     return [digest.hexdigest()]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def own_fingerprint(module: nn.Module, shared: Iterable[Tensor], weights: Weights | None = None) -> str:
+    """Fingerprint of what a module has beside shared tensors, and of its configuration.
+
+    Args:
+        module: whose tensors.
+        shared: tensors that belong to the body.
+        weights: whose configuration says how the module computes.
+    """
+    body = {tensor.data_ptr() for tensor in shared}
+    own = {name: value for name, value in module.state_dict().items() if value.data_ptr() not in body}
+    about = json.dumps((weights.config if weights is not None else None) or {}, sort_keys=True, default=str)
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return hashlib.sha256(f"{kind}\n{about}\n{fingerprint(own)}".encode()).hexdigest()
 
 
 def cached(

@@ -79,28 +79,49 @@ def load_coefficients(path: str | Path, where: Layout) -> Tensor:
         WeightsError: not a readable coefficients file.
         UsageError: rows or groups differ; all differences in one message.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except Exception as error:
-        raise WeightsError(f"{path} is not a readable file of coefficients: {error}") from None
+    metadata, tensors = read_coefficients(path)
     if metadata.get("granularity") == "singular":
         raise UsageError(f"{path} holds gates of singular components; they go on with granularity: singular")
     rows = metadata.get("rows", "").split("\n")
     problems = [f"no coefficients for '{row}'" for row in where.rows if row not in rows]
     shapes = {name: (len(rows), count) for name, _, count in where.groups}
-    problems += [
-        f"group '{name}': needs shape {list(shape)}, the file has "
+    problems += misshapen(tensors, shapes, "group ")
+    refuse_misfit(f"the coefficients in {path}", problems)
+    order = torch.tensor([rows.index(row) for row in where.rows])
+    return torch.cat([tensors[name][order] for name, _, _ in where.groups], 1)
+
+
+def read_coefficients(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file of coefficients, or of gates.
+
+    Raises:
+        WeightsError: not a readable file.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return file.metadata() or {}, tensors
+    except Exception as error:
+        raise WeightsError(f"{path} is not a readable file of coefficients: {error}") from None
+
+
+def misshapen(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], kind: str = ""
+) -> list[str]:
+    """In words, which tensors are missing or have another shape than they need."""
+    return [
+        f"{kind}'{name}': needs shape {list(shape)}, the file has "
         + (str(list(tensors[name].shape)) if name in tensors else "none")
         for name, shape in shapes.items()
         if name not in tensors or tuple(tensors[name].shape) != shape
     ]
+
+
+def refuse_misfit(what: str, problems: Sequence[str]) -> None:
+    """Raise `UsageError` where there are problems, with the first five of them."""
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UsageError(f"the coefficients in {path} do not fit this merge: {'; '.join(problems[:5])}{more}")
-    order = torch.tensor([rows.index(row) for row in where.rows])
-    return torch.cat([tensors[name][order] for name, _, _ in where.groups], 1)
+        raise UsageError(f"{what} do not fit this merge: {'; '.join(problems[:5])}{more}")
 
 
 def table(values: Tensor, where: Layout) -> list[dict[str, object]]:

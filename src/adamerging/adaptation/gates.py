@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..blocks import Place
-from ..errors import UsageError, WeightsError
+from ..errors import UsageError
 from ..output.tensors import write_tensors
 from ..plan import Entry
 from ..stream import Workers
 from ..task_vectors import TaskVectors
-from .coefficients import Layout, layout, table
+from .coefficients import Layout, layout, misshapen, read_coefficients, refuse_misfit, table
 from .parametrisation import FILE, Records
 from .settings import AdaptSettings
 from .spectrum import Matrix, Part, Spectrum, build_spectrum, open_at_first
@@ -190,12 +189,7 @@ class Gates:
 
     def load(self, path: str | Path) -> Tensor:
         """What `write` wrote, aligned by the names of rows and tensors. Raises as `Parametrisation.load`."""
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise WeightsError(f"{path} is not a readable file of coefficients: {error}") from None
+        metadata, stored = read_coefficients(path)
         if metadata.get("granularity") != GRANULARITY:
             raise UsageError(
                 f"{path} holds coefficients of granularity '{metadata.get('granularity', 'unknown')}'; gates "
@@ -206,15 +200,8 @@ class Gates:
         shapes = {name: (len(rows),) for name in self.where.spans}
         for matrix, slots in self._slots:
             shapes |= {self._gates_name(matrix, slot): (len(slot.part.values),) for slot in slots}
-        problems += [
-            f"'{name}': needs shape {list(shape)}, the file has "
-            + (str(list(stored[name].shape)) if name in stored else "none")
-            for name, shape in shapes.items()
-            if name not in stored or tuple(stored[name].shape) != shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise UsageError(f"the gates in {path} do not fit this merge: {'; '.join(problems[:5])}{more}")
+        problems += misshapen(stored, shapes)
+        refuse_misfit(f"the gates in {path}", problems)
         values = self.first()
         numbers = {row: rows.index(row) for row in self.rows}
         beside = self._of_plain(values)

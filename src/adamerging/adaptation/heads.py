@@ -6,7 +6,6 @@ follows an encoder. It starts as the expert's. Learned, it is an ordinary head t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..plan import Plan
 from ..tasks.task import Inputs, Task
 from ..tasks.text_classification import scores_under
 from ..weights.source import Weights
+from .cache import fingerprint
 
 KIND = "heads"
 SAID = (
@@ -99,10 +99,7 @@ class LearnedHead:
     @property
     def fingerprint(self) -> str:
         """Of the learned values."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.values.items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.values)
 
     def _outside(self, task: Task) -> Callable[[nn.Module, Inputs], Tensor]:
         features = task.features

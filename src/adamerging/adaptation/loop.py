@@ -189,17 +189,12 @@ class Loop:
             effective.backward(gradient.to(effective))  # type: ignore[no-untyped-call]
         self.body.clear_gradients()
         for group in optimizer.param_groups:
-            group["lr"] = self._rate(state.step)
+            group["lr"] = rate_at(settings, state.step)
         optimizer.step()
         if settings.clamp == "project":
             with torch.no_grad():
                 values.copy_(self.parametrisation.clamped(values))
         self._note(state, {"step": state.step, "loss": losses, "seconds": time.perf_counter() - started})
-
-    def _rate(self, step: int) -> float:
-        if self.settings.schedule == "constant":
-            return self.settings.lr
-        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * step / max(1, self.settings.steps)))
 
     def _check(self, state: State) -> None:
         """Held-out entropy and, where the experts' predictions are known, agreement with them."""
@@ -280,6 +275,13 @@ def check_task(learner: Learner, settings: AdaptSettings, body: Body) -> dict[st
         shares = torch.bincount(expert.argmax(-1), minlength=expert.shape[-1])
         result["largest_class_of_expert"] = float(shares.max() / len(classes))
     return result
+
+
+def rate_at(settings: AdaptSettings, step: int) -> float:
+    """The learning rate of a step, by the settings' schedule."""
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * step / max(1, settings.steps)))
 
 
 def make_optimizer(settings: AdaptSettings, *values: Tensor) -> torch.optim.Optimizer:

@@ -13,6 +13,31 @@ from .layerwise_settings import asked_for
 
 Granularity = Literal["task", "block", "tensor", "row", "singular"]
 
+_IN_MINUTES: Mapping[str, Any] = {
+    "objective": "agreement",
+    "schedule": "cosine",
+    "steps": 60,
+    "group_by_length": True,
+    "batch_tokens": 1024,
+    "check_every": 20,
+    "held_out": 0.2,
+    "keep": "best",
+    "precision": "auto",
+    "clamp": "none",
+}
+"""Few and large steps by agreement, the best held-out state kept: minutes on a processor."""
+
+_AS_IT_STARTS: Mapping[str, Any] = {
+    "granularity": "task",
+    "initial": 0.0,
+    "clamp": "none",
+    "objective": "agreement",
+    "steps": 0,
+    "group_by_length": True,
+    "precision": "auto",
+}
+"""No coefficients are learned on top of the start."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The product's default, see docs/adapting.md: a WUDI merge to start from, a coefficient for every row
     # of every expert on top of it, learned by agreement with the experts, best held-out state kept.
@@ -20,17 +45,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "granularity": "row",
         "start": [{"wudi": {"matrices": "all"}}],
         "initial": 0.0,
-        "clamp": "none",
-        "objective": "agreement",
         "lr": 0.03,
-        "schedule": "cosine",
-        "steps": 60,
-        "group_by_length": True,
-        "batch_tokens": 1024,
-        "check_every": 20,
-        "held_out": 0.2,
-        "keep": "best",
-        "precision": "auto",
+        **_IN_MINUTES,
     },
     # AdaMerging as the paper describes it (arXiv 2310.02575).
     "paper": {},
@@ -45,17 +61,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The same within minutes on a processor: fewer, larger steps, and the experts' predictions as targets.
     "wemoe_budget": {
         "route": "wemoe",
-        "objective": "agreement",
         "lr": 3e-3,
-        "schedule": "cosine",
-        "steps": 60,
-        "clamp": "none",
-        "group_by_length": True,
-        "batch_tokens": 1024,
-        "check_every": 20,
-        "held_out": 0.2,
-        "keep": "best",
-        "precision": "auto",
+        **_IN_MINUTES,
     },
     # Twin-Merging: a shared model and compressed differences, weighed by input (arXiv 2406.15479).
     "twin": {
@@ -71,28 +78,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # AdaRank as published (arXiv 2503.22178), over task arithmetic; over others with start: cart, tsv_m, ...
     "adarank": {"granularity": "singular", "steps": 10_000, "clamp": "none"},
     # Layer-wise distillation (arXiv 2502.12706) as a start, and nothing learned on top of it.
-    "prodistill": {
-        "start": "prodistill",
-        "granularity": "task",
-        "initial": 0.0,
-        "clamp": "none",
-        "objective": "agreement",
-        "steps": 0,
-        "group_by_length": True,
-        "precision": "auto",
-    },
+    "prodistill": {"start": "prodistill", **_AS_IT_STARTS},
     # Representation Surgery (arXiv 2402.02705) over plain task arithmetic.
-    "surgery": {
-        "start": "task_arithmetic",
-        "granularity": "task",
-        "initial": 0.0,
-        "clamp": "none",
-        "objective": "agreement",
-        "steps": 0,
-        "group_by_length": True,
-        "precision": "auto",
-        "surgery": {},
-    },
+    "surgery": {"start": "task_arithmetic", "surgery": {}, **_AS_IT_STARTS},
     # SyMerge (its authors' released code): coefficients and heads together, from the experts' own labels.
     "symerge": {"objective": "self_labels", "heads": "learned", "lr": 1e-2, "batch_size": 32},
 }

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptation.body import Body
-from ..adaptation.cache import content_of
+from ..adaptation.cache import content_of, fingerprint, own_fingerprint
 from ..adaptation.cache import key as content_key
 from ..adaptation.session import content_of_task, hash_files, make_device
 from ..adaptation.store import VectorStore
 from ..run import Prepared
 from ..stream import Workers
 from ..tasks.task import Samples, Task
-from .cache import Result, find, fingerprint, keep, own_fingerprint, result_key
+from .cache import Result, find, keep, result_key
 from .inference import Feed, logits_from
 from .records import CLEAN, ScoreRecord
 from .scores import labelled, measure, score_record

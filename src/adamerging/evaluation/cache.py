@@ -6,20 +6,17 @@ They lie in the cache of `adamerging.adaptation.cache`, which ``adamerging cache
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adaptation.cache import cache_folder, cached, key
 from ..adaptation.session import content_of_task
 from ..output.tensors import TensorWriter
 from ..tasks.task import Samples, Task
-from ..weights.source import Spec, Weights
+from ..weights.source import Spec
 from .metrics import Metrics
 
 VERSION = 1
@@ -94,28 +91,3 @@ def keep(name: str | None, result: Result) -> None:
 
     with contextlib.suppress(OSError):
         cached(name, specs, fill)
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def own_fingerprint(module: nn.Module, shared: Iterable[Tensor], weights: Weights | None = None) -> str:
-    """Fingerprint of what a module has beside shared tensors, and of its configuration.
-
-    Args:
-        module: whose tensors.
-        shared: tensors that belong to the body.
-        weights: whose configuration says how the module computes.
-    """
-    body = {tensor.data_ptr() for tensor in shared}
-    own = {name: value for name, value in module.state_dict().items() if value.data_ptr() not in body}
-    about = json.dumps((weights.config if weights is not None else None) or {}, sort_keys=True, default=str)
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    return hashlib.sha256(f"{kind}\n{about}\n{fingerprint(own)}".encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adaptation.cache import fingerprint
 from ..adaptation.scoring import EXPERT
 from ..adaptation.session import make_device
 from ..errors import UsageError
@@ -23,7 +24,7 @@ from ..validation import make
 from ..weights import Weights, open_weights
 from ..weights.shared_store import is_store
 from .bench import first, normalised
-from .cache import Result, find, fingerprint, keep, result_key
+from .cache import Result, find, keep, result_key
 from .inference import Feed, logits_from
 from .records import CLEAN, Row, ScoreRecord
 from .scores import measure, score_record

@@ -179,10 +179,17 @@ def load_finetune_recipe(
         UsageError: not readable, unknown keys (the nearest known one is named), values of the wrong kind, or
             no such task; all in one message.
     """
+    return load_training_recipe(FinetuneRecipe, path, overrides, tasks)
+
+
+def load_training_recipe(
+    kind: type[R], path: str | Path, overrides: Mapping[str, Any] | None, tasks: list[str] | None
+) -> R:
+    """A recipe of a kind that trains tasks. Arguments and errors as of `load_finetune_recipe`."""
     path = Path(path)
     fields = read_yaml(path)
     files_beside(path, fields)
-    return keep(make(FinetuneRecipe, {**fields, **(overrides or {})}, str(path)), tasks)
+    return keep(make(kind, {**fields, **(overrides or {})}, str(path)), tasks)
 
 
 def keep(recipe: R, tasks: list[str] | None) -> R:

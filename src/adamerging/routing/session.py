@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adaptation.cache import fingerprint
 from ..adaptation.coefficients import COMBINED, Layout
 from ..adaptation.loop import autocast, predict
 from ..adaptation.parametrisation import Coefficients
 from ..adaptation.session import Session, learn
 from ..adaptation.state import State
 from ..adaptation.store import VectorStore
-from ..evaluation.cache import fingerprint
 from ..plan import Entry
 from .routes import Routes, make_routes
 from .settings import TwinOptions, route_options

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..adaptation.loop import InterruptedRun, Learner, NonFiniteLossError, autocast, make_optimizer
+from ..adaptation.loop import InterruptedRun, Learner, NonFiniteLossError, autocast, make_optimizer, rate_at
 from ..adaptation.session import Session
 from ..adaptation.state import State
 from ..adaptation.store import VectorStore
@@ -115,11 +115,7 @@ def learn_domains(
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr * (
-                    0.5 * (1 + math.cos(math.pi * step / settings.steps))
-                    if settings.schedule == "cosine"
-                    else 1
-                )
+                group["lr"] = rate_at(settings, step)
             values.grad = routers.pull_back({}, values).to(values)
             optimizer.step()
             record = {"step": step, "loss": losses, "seconds": time.perf_counter() - started}

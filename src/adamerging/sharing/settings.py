@@ -8,9 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..finetuning.settings import FinetuneSettings, TrainingRecipe, files_beside, keep
-from ..recipe import read_yaml
-from ..validation import make
+from ..finetuning.settings import FinetuneSettings, TrainingRecipe, load_training_recipe
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -140,7 +138,4 @@ def load_share_recipe(
         UsageError: not readable, a task given twice, unknown keys (the nearest known one is named), values
             of the wrong kind, or no such task; all in one message.
     """
-    path = Path(path)
-    fields = read_yaml(path)
-    files_beside(path, fields)
-    return keep(make(ShareRecipe, {**fields, **(overrides or {})}, str(path)), tasks)
+    return load_training_recipe(ShareRecipe, path, overrides, tasks)

@@ -22,7 +22,7 @@ from ...task_vectors import TaskVectors
 from ...tasks.task import Inputs, Task
 from ..batches import some
 from ..body import Body
-from ..cache import computed, key
+from ..cache import computed, fingerprint, key, own_fingerprint
 from .fisher import fisher_of
 from .grams import Grams
 from .linear_maps import LinearMaps, Use
@@ -70,8 +70,6 @@ def gather(given: Gathering, method: Method, asked: Any, scale: Any = None) -> t
         UsageError: tasks without unlabeled inputs, all named.
         NonFiniteError: activations or gradients are NaN or infinite.
     """
-    from ...evaluation.cache import fingerprint  # which itself builds on this package's cache
-
     wanted, vectors = method.statistics, given.vectors
     if wanted is None:
         return vectors, []
@@ -118,7 +116,6 @@ class _Run:
 
     def identity(self, *more: Any) -> str | None:
         """What its statistics are stored under; None for a task whose code has no fingerprint."""
-        from ...evaluation.cache import own_fingerprint  # which itself builds on this package's cache
         from ..session import content_of_task
 
         if self.task.has_code:
