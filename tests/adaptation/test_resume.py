@@ -58,7 +58,7 @@ def same_folder(one, two):
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_and_resumed_is_uninterrupted(name, tmp_path):
     here = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, name, str(tmp_path / "killed")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
