@@ -53,10 +53,8 @@ def test_the_outlook_counts_the_steps_of_what_is_yet_to_be_learned() -> None:
 
 
 def test_statistics_are_kept_by_a_static_merge_alone() -> None:
-    kept, usual = rows_of({"kept": Entry(method="ties", batchnorm="keep")}, {"usual": Entry(method="ties")})
-    assert [row.wanted.candidates()[0].keeps_statistics for row in (kept, usual) if row.wanted] == [
-        True,
-        False,
-    ]
+    rows = rows_of({"kept": Entry(method="ties", batchnorm="keep")}, {"usual": Entry(method="ties")})
+    keeps = [row.wanted.candidates()[0].keeps_statistics for row in rows if row.wanted]
+    assert keeps == [True, False]
     with pytest.raises(UsageError, match=r"adapt: \{batchnorm: keep\}"):
         rows_of({"learned": Entry(adapt="paper", batchnorm="keep")})

@@ -44,8 +44,8 @@ def suite(
         Stage,
         typer.Option(
             "--stage",
-            help="finetune the experts, merge them, compare the methods, or all three; or baselines: train the "
-            "tasks in other ways; or share: train them over one base.",
+            help="finetune the experts, merge them, compare the methods, or all three; or baselines: train "
+            "the tasks in other ways; or share: train them over one base.",
         ),
     ] = Stage.all,
     table: Annotated[
@@ -99,17 +99,9 @@ def suite(
     if not dry_run:
         found["recipes"] = {key: str(path) for key, path in filled.write(folder).items()}
     stages = [Stage.finetune, Stage.merge, Stage.compare] if stage is Stage.all else [stage]
-    if filled.finetune is None:
-        given = filled.merge["experts"]
-        found["experts"] = [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
-        if Stage.finetune in stages or dry_run:
-            show.note(f"{name}: nothing to train, its experts are there: {', '.join(given)}")
-    elif Stage.finetune in stages or (dry_run and stage not in (Stage.share, Stage.baselines)):
-        outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
-        found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
-        if not as_json:
-            finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
-        found["below_floor"] = _below(outcomes, loaded.floors)
+    trains = Stage.finetune in stages or (dry_run and stage not in (Stage.share, Stage.baselines))
+    if trains or filled.finetune is None:
+        found |= _experts(filled, jobs, threads, overwrite, dry_run, as_json, trains=trains)
     if Stage.baselines in stages:
         found["baselines"] = _baselines(filled, jobs, threads, overwrite, dry_run, as_json)
     if Stage.share in stages:
@@ -119,10 +111,8 @@ def suite(
     if Stage.compare in stages and dry_run:
         found["tables"] = _listed(filled, tables, folder, as_json)
     elif Stage.compare in stages:
-        for one in tables:
-            recipe = found["recipes"][files.comparison(one)]
-            command = _command(name, data, out, one)
-            found[files.comparison(one)] = _compare(recipe, folder / files.comparison(one), command, as_json)
+        commands = {files.comparison(one): _command(name, data, out, one) for one in tables}
+        found |= {one: _compare(folder, one, command, as_json) for one, command in commands.items()}
     if as_json:
         show.print_json(found)
 
@@ -227,11 +217,23 @@ def _command(name: str, data: Path | None, out: Path | None, table: str) -> str:
     return shlex.join(words)
 
 
-def _finetune(
-    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool
-) -> list[Outcome]:
-    assert filled.finetune is not None
-    return _trained(filled.finetune, filled, jobs, threads, overwrite, dry_run)
+def _experts(
+    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool, as_json: bool,
+    *, trains: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The experts: trained, or given."""
+    if filled.finetune is None:
+        given = filled.merge["experts"]
+        if trains:
+            show.note(f"{filled.suite.title}: nothing to train, its experts are there: {', '.join(given)}")
+        return {
+            "experts": [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
+        }
+    outcomes = _trained(filled.finetune, filled, jobs, threads, overwrite, dry_run)
+    if not as_json:
+        finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
+    weak = _below(outcomes, filled.suite.floors)
+    return {"experts": [finetuning.plain(outcome) for outcome in outcomes], "below_floor": weak}
 
 
 def _trained(
@@ -319,16 +321,17 @@ def _merge(
     return {"out": str(out), "status": "merged", "scores": result.record.get("scores")}
 
 
-def _compare(path: str, out: Path, command: str, as_json: bool) -> dict[str, Any]:
-    """One comparison into a folder of its own."""
+def _compare(folder: Path, name: str, command: str, as_json: bool) -> dict[str, Any]:
+    """One comparison, by the recipe of its name, into a folder of its own."""
     from ..evaluation.compare import compare
     from ..recipe import load_recipe
     from .compare import progress
 
+    out = folder / name
     with progress() as say:
         found = compare(
-            load_recipe(path), out=out, say=say, on_plan=lambda plan: show.note(f"{out}: {plan}"),
-            command=command,
+            load_recipe(folder / f"{name}.yaml"), out=out, say=say,
+            on_plan=lambda plan: show.note(f"{out}: {plan}"), command=command,
         )  # fmt: skip
     if not as_json:
         show.console().print(f"\nCompared {len(found.rows)} models; records in {out}.")

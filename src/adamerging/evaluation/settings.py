@@ -23,7 +23,8 @@ class Entry(BaseModel):
     )
     batchnorm: Literal["recalibrate", "keep"] = Field(
         "recalibrate",
-        description="BatchNorm statistics of a static merge: re-estimated on the adaptation data, or as merged.",
+        description="BatchNorm statistics of a static merge: re-estimated on the adaptation data, or as "
+        "merged.",
     )
     sweep: dict[str, list[Any]] = Field(
         {}, description="Settings to try, {scale: [0.2, 0.3]}, {options.density: [...]}, {adapt.lr: [...]}."

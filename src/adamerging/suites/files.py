@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,18 +193,8 @@ def fill(
         UsageError: no such task, no such placeholder to change, or a placeholder that stands for nothing.
         MissingExtraError: a package that a placeholder names is not installed.
     """
-    unknown = [task for task in tasks or [] if task not in suite.data.tasks]
-    if unknown:
-        raise UsageError(
-            f"no task {', '.join(unknown)} in the suite {suite.title}; it has {', '.join(suite.data.tasks)}"
-        )
+    _check_asked(suite, tasks or [], multitask, values or {})
     kept = [task for task in suite.data.tasks if not tasks or task in tasks]
-    strange = [name for name in values or {} if name not in suite.values]
-    if strange:
-        raise UsageError(
-            f"the suite {suite.title} has no placeholder {', '.join(strange)} to set; "
-            f"it has {', '.join(suite.values) or 'none'}"
-        )
     common_words = {"out": str(out.resolve())} | ({} if data is None else {"data": str(data.resolve())})
     own_words = {**suite.values, **(values or {})}
 
@@ -236,11 +226,8 @@ def fill(
         return {**rest(section), "experts": experts, "tasks": by_task(section)}
 
     baselines = {}
-    if suite.finetune is None:
-        if multitask:
-            raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
-        finetune = share = None
-    else:
+    finetune = share = None
+    if suite.finetune is not None:
         training = trained_by(suite.finetune)
         finetune = {**training, "multitask": multitask}
         share = None if suite.share is None else {**training, **filled(suite.share)}
@@ -264,6 +251,23 @@ def fill(
         baselines,
         tuple([filled(suite.data.seen, task) for task in kept if suite.data.seen] + suite.data.unseen),
     )
+
+
+def _check_asked(suite: Suite, tasks: Sequence[str], multitask: bool, values: Mapping[str, str]) -> None:
+    """Refuse what a suite does not have. Raises as `fill`."""
+    unknown = [task for task in tasks if task not in suite.data.tasks]
+    if unknown:
+        raise UsageError(
+            f"no task {', '.join(unknown)} in the suite {suite.title}; it has {', '.join(suite.data.tasks)}"
+        )
+    strange = [name for name in values if name not in suite.values]
+    if strange:
+        raise UsageError(
+            f"the suite {suite.title} has no placeholder {', '.join(strange)} to set; "
+            f"it has {', '.join(suite.values) or 'none'}"
+        )
+    if multitask and suite.finetune is None:
+        raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
 
 
 def _over(general: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
