@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from adamerging.errors import UsageError
 from adamerging.evaluation.entries import wanted
-from adamerging.evaluation.planning import merged_rows
+from adamerging.evaluation.planning import Planned, merged_rows, outlook
 from adamerging.evaluation.settings import Entry
 from adamerging.recipe import make_recipe
 
@@ -30,3 +31,30 @@ def test_an_entry_keeps_the_seed_it_names(entry: dict[str, Any], rows: list[int 
         assert row.wanted is not None
         (made,) = row.wanted.candidates(row.seed)
         assert (made.adapt.seed if made.adapt else made.method.seed if made.method else None) == row.seed
+
+
+def rows_of(*methods: dict[str, Entry], seeds: tuple[int, ...] = (0,)) -> list[Planned]:
+    recipe = make_recipe({"base": "base", "experts": {"a": "a", "b": "b"}})
+    return merged_rows(("a", "b"), ("a",), wanted(recipe, methods), seeds)
+
+
+def test_the_outlook_counts_the_steps_of_what_is_yet_to_be_learned() -> None:
+    swept = {"adapt": {"preset": "paper", "steps": 3}, "sweep": {"adapt.lr": [0.1, 0.2]}}
+    masked = {"adapt": {"preset": "concrete", "steps": 10, "mask": {"steps": 5}, "seed": 0}}
+    rows = rows_of(
+        {"swept": Entry(**swept)}, {"masked": Entry(**masked)}, {"ties": Entry(method="ties")}, seeds=(0, 1)
+    )
+    found = outlook(rows, set())
+    assert (found.rows, found.kept, found.learning, found.steps) == (4, 0, 3, 2 * 2 * 3 + 15)
+    assert str(found) == "4 rows; 3 to learn, 27 steps in all"
+    rest = outlook(rows, {row.name for row in rows if row.label != "masked"})
+    assert str(rest) == "4 rows, 3 of them kept; 1 to learn, 15 steps in all"
+    assert str(outlook(rows, {row.name for row in rows})) == "4 rows, 4 of them kept"
+
+
+def test_statistics_are_kept_by_a_static_merge_alone() -> None:
+    rows = rows_of({"kept": Entry(method="ties", batchnorm="keep")}, {"usual": Entry(method="ties")})
+    keeps = [row.wanted.candidates()[0].keeps_statistics for row in rows if row.wanted]
+    assert keeps == [True, False]
+    with pytest.raises(UsageError, match=r"adapt: \{batchnorm: keep\}"):
+        rows_of({"learned": Entry(adapt="paper", batchnorm="keep")})

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from adamerging.errors import UsageError
+from adamerging.report.load import load_run
 from adamerging.suites import data as suite_data
 from adamerging.suites import files
 from finetuning_data import COUNTS, QUICK, write_texts
 
 Cli = Callable[..., Any]
+SHORT = {"adapt": {"preset": "paper", "steps": 2}}
 
 
 @pytest.fixture
@@ -67,7 +71,19 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_base: Path) -> Non
             },
         },
         "merge": {"out": "${out}/merged", "adapt": {"preset": "paper", "steps": 2}},
-        "compare": {"methods": ["ties"]},
+        "compare": {"methods": ["ties", {"small ties": {"method": "ties", "scale": 0.1}}]},
+        "tables": {
+            "transductive": {
+                "about": "Learned on what is scored.",
+                "recipe": {"transductive": True, "each": {"adapt": "${data}/toys/${task}/test.jsonl"}},
+                "compare": {"limit": 5, "why": False, "methods": ["small ties", {"short": SHORT}]},
+            },
+            "few": {"about": "Few samples.", "compare": {"limit": 3, "why": False, "methods": ["ties"]}},
+        },
+        "baselines": {
+            "probe": {"about": "Heads alone.", "recipe": {"settings": {"freeze": ["*"]}}},
+            "multitask": {"about": "One body.", "recipe": {"multitask": True, "out": "${out}"}},
+        },
     }
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "toy.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
@@ -122,11 +138,70 @@ def test_other_data_and_missing_data_are_named_all_at_once(cli: Cli, data: Path,
         (["toy", "--data", ".", "--tasks", "weights"], "it has colours, sizes"),
         (["toy", "--data", "no/such/folder"], "meta.json is missing"),
         (["toy", "--data", ".", "--stage", "none"], "finetune"),
+        (
+            ["toy", "--data", ".", "--table", "none"],
+            "no table none; it has main, transductive, few, and all",
+        ),
+        (
+            ["toy", "--data", ".", "--table", "few", "--stage", "merge"],
+            "is for the stage compare, not merge",
+        ),
     ],
 )
 def test_bad_arguments(cli: Cli, arguments: list[str], message: str) -> None:
     done = cli("suite", *arguments)
     assert done.code == 2 and message in done.err
+
+
+@pytest.fixture
+def made(toy: None, cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy suite's folder, its experts and baselines trained."""
+    monkeypatch.setenv("ADAMERGING_CACHE", str(tmp_path / "cache"))
+    for stage in ("finetune", "baselines"):
+        done = cli("suite", "toy", "--data", data, "--out", tmp_path / "out", "--stage", stage, "--json")
+        assert done.code == 0, done.err
+    return tmp_path / "out"
+
+
+def test_baselines_are_trained_beside_the_experts(made: Path, text_base: Path) -> None:
+    probe = load_file(made / "baselines" / "probe" / "colours" / "model.safetensors")
+    base = load_file(text_base / "model.safetensors")
+    body = {name: probe[f"bert.{name}"] for name in base if f"bert.{name}" in probe}
+    assert any("pooler" in name for name in body)
+    assert all(torch.equal(base[name], tensor) for name, tensor in body.items())
+    record = json.loads((made / "baselines" / "probe" / "sizes" / "finetune.json").read_text())
+    assert record["settings"]["freeze"] == ["*"] and record["settings"]["epochs"] == 5
+    assert (made / "multitask" / "colours" / "finetune.json").is_file()
+    assert yaml.safe_load((made / "baseline-probe.yaml").read_text())["out"].endswith("baselines/probe")
+
+
+def test_tables_are_run_each_into_a_folder_of_its_own(cli: Cli, data: Path, made: Path) -> None:
+    words = ["suite", "toy", "--data", data, "--out", made, "--stage", "compare", "--table"]
+    done = cli(*words, "few,transductive")
+    assert done.code == 0, done.err
+    assert "compare-transductive: 6 rows; 1 to learn, 2 steps in all" in " ".join(done.err.split())
+    assert not (made / "compare").exists()
+    few = load_run(made / "compare-few")
+    assert {row.label for row in few.rows if row.kind == "static"} == {"ties"}
+    assert "--table few" in few.comparison.settings["command"]
+    learned = load_run(made / "compare-transductive").rows[-2:]
+    assert [(row.label, row.transductive) for row in learned] == [("small ties", False), ("short", True)]
+    assert learned[0].settings["scale"] == 0.1
+    assert {score.samples for score in learned[1].scores} == {5}
+    again = cli(*words, "few", "--json")
+    assert "5 rows, 5 of them kept" in again.err
+    assert json.loads(again.out)["compare-few"]["complete"]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_dry_run_lists_the_tables(cli: Cli, data: Path, tmp_path: Path) -> None:
+    words = ["suite", "toy", "--data", data, "--out", tmp_path / "out", "--dry-run", "--json"]
+    listed = json.loads(cli(*words, "--table", "all").out)["tables"]
+    assert [(each["name"], each["methods"], each["limit"]) for each in listed] == [
+        ("main", 2, None), ("transductive", 2, 5), ("few", 1, 3),
+    ]  # fmt: skip
+    assert [each["name"] for each in json.loads(cli(*words).out)["tables"]] == ["main"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_lists_what_there_is(cli: Cli) -> None:

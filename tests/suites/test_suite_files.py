@@ -42,7 +42,18 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
     if filled.share is not None:
         share = make(ShareRecipe, filled.share, "share")
         assert share.tasks == finetune.tasks and share.settings == finetune.settings
-    compare = make(CompareSettings, filled.compare["compare"], "compare")
+    for about in suite.tables.values():
+        assert about.about.endswith(".")
+    for fields in filled.baselines.values():
+        assert list(make(FinetuneRecipe, fields, "baseline").tasks) == suite.data.tasks
+    for fields in (filled.compare, *filled.tables.values()):
+        check_compared(make(Recipe, fields, "compare").compare)
+    assert "${" not in str([*filled.recipes.values(), filled.folders])
+    assert set(suite.floors) <= set(suite.data.tasks)
+
+
+def check_compared(compare: CompareSettings | None) -> None:
+    assert compare is not None
     for name, spec in compare.unseen.tasks.items() if compare.unseen is not None else ():
         unseen_spec(name, spec)
     for item in compare.methods:
@@ -51,8 +62,6 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
             resolve({"preset": entry.adapt} if isinstance(entry.adapt, str) else entry.adapt)
         else:
             assert ((entry and entry.method) or label) in {*methods(), *PRESETS}
-    assert "${" not in str([filled.finetune, filled.merge, filled.compare, filled.folders])
-    assert set(suite.floors) <= set(suite.data.tasks)
 
 
 def test_adaptation_and_evaluation_data_are_what_experts_never_trained_on(suite, tmp_path: Path) -> None:
@@ -60,6 +69,10 @@ def test_adaptation_and_evaluation_data_are_what_experts_never_trained_on(suite,
     if filled.finetune is None:
         assert filled.merge["transductive"]  # the paper's protocol, and the records say so
         return
+    transductive = [name for name, fields in filled.tables.items() if fields.get("transductive")]
+    assert transductive == ["transductive"]
+    for spec in filled.tables["transductive"]["tasks"].values():
+        assert spec["adapt"] == spec["evaluate"]
     for task, spec in filled.merge["tasks"].items():
         trained = filled.finetune["tasks"][task]
         assert len({trained["train"], spec["adapt"], spec["evaluate"]}) == 3

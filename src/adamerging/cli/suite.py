@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ class Stage(str, Enum):
     """Part of a suite."""
 
     finetune = "finetune"
+    baselines = "baselines"
     share = "share"
     merge = "merge"
     compare = "compare"
@@ -42,10 +44,18 @@ def suite(
         Stage,
         typer.Option(
             "--stage",
-            help="finetune the experts, merge them, compare the methods, or all three; or share: train the "
-            "tasks over one base.",
+            help="finetune the experts, merge them, compare the methods, or all three; or baselines: train "
+            "the tasks in other ways; or share: train them over one base.",
         ),
     ] = Stage.all,
+    table: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--table",
+            metavar="A,B",
+            help="Comparisons of the suite to run: main (unless told), others that it has by name, or all.",
+        ),
+    ] = None,
     tasks: finetuning.Tasks = None,
     values: Annotated[
         list[str] | None,
@@ -83,28 +93,26 @@ def suite(
         loaded, data=data, out=folder, tasks=finetuning.names_of(tasks), multitask=multitask,
         values=_values(values or []),
     )  # fmt: skip
+    tables = _tables(filled, table, stage)
     _ensure(loaded, filled, data)
     found: dict[str, Any] = {"suite": name, "out": str(folder), "dry_run": dry_run}
     if not dry_run:
         found["recipes"] = {key: str(path) for key, path in filled.write(folder).items()}
     stages = [Stage.finetune, Stage.merge, Stage.compare] if stage is Stage.all else [stage]
-    if filled.finetune is None:
-        given = filled.merge["experts"]
-        found["experts"] = [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
-        if Stage.finetune in stages or dry_run:
-            show.note(f"{name}: nothing to train, its experts are there: {', '.join(given)}")
-    elif Stage.finetune in stages or (dry_run and Stage.share not in stages):
-        outcomes = _finetune(filled, jobs, threads, overwrite, dry_run)
-        found["experts"] = [finetuning.plain(outcome) for outcome in outcomes]
-        if not as_json:
-            finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
-        found["below_floor"] = _below(outcomes, loaded.floors)
+    trains = Stage.finetune in stages or (dry_run and stage not in (Stage.share, Stage.baselines))
+    if trains or filled.finetune is None:
+        found |= _experts(filled, jobs, threads, overwrite, dry_run, as_json, trains=trains)
+    if Stage.baselines in stages:
+        found["baselines"] = _baselines(filled, jobs, threads, overwrite, dry_run, as_json)
     if Stage.share in stages:
         found["share"] = _share(filled, threads, overwrite, dry_run, as_json)
     if Stage.merge in stages and not dry_run:
         found["merge"] = _merge(filled, folder, threads, overwrite, as_json)
-    if Stage.compare in stages and not dry_run:
-        found["compare"] = _compare(found["recipes"]["compare"], folder, as_json)
+    if Stage.compare in stages and dry_run:
+        found["tables"] = _listed(filled, tables, folder, as_json)
+    elif Stage.compare in stages:
+        commands = {files.comparison(one): _command(name, data, out, one) for one in tables}
+        found |= {one: _compare(folder, one, command, as_json) for one, command in commands.items()}
     if as_json:
         show.print_json(found)
 
@@ -156,16 +164,107 @@ def _list(files: Any, as_json: bool) -> None:
     show.console().print(show.table("Suites", ["name", "what it is"], rows))
 
 
-def _finetune(
-    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool
-) -> list[Outcome]:
+def _tables(filled: Filled, asked: list[str] | None, stage: Stage) -> list[str]:
+    """Names of the comparisons to run, in the suite's order."""
+    from ..errors import UsageError
+    from ..suites.files import ALL, MAIN
+
+    known = [MAIN, *filled.tables]
+    if asked is None:
+        return [MAIN]
+    if stage not in (Stage.compare, Stage.all):
+        raise UsageError(f"--table is for the stage compare, not {stage.value}")
+    names = [name for text in asked for name in finetuning.names_of(text) or []]
+    unknown = [name for name in names if name not in (*known, ALL)]
+    if unknown or not names:
+        raise UsageError(
+            f"the suite {filled.suite.title} has no table {', '.join(unknown)}; it has {', '.join(known)}, "
+            f"and {ALL} stands for these"
+        )
+    return [name for name in known if name in names or ALL in names]
+
+
+def _listed(filled: Filled, tables: Sequence[str], folder: Path, as_json: bool) -> list[dict[str, Any]]:
+    """What each comparison would do; the recipes are checked."""
+    from ..evaluation.settings import CompareSettings
+    from ..suites.files import MAIN, comparison
+    from ..validation import make
+
+    found = []
+    for name in tables:
+        about = "the suite's own comparison" if name == MAIN else filled.suite.tables[name].about
+        fields = filled.recipes[comparison(name)]["compare"]
+        settings = make(CompareSettings, fields, f"suite {filled.suite.title}, table {name}")
+        found.append(
+            {"name": name, "about": about, "methods": len(settings.methods), "seeds": settings.seeds,
+             "limit": settings.limit, "out": str(folder / comparison(name))}
+        )  # fmt: skip
+    if not as_json:
+        rows = [
+            (each["name"], each["about"], each["methods"], each["limit"] or "all", each["out"])
+            for each in found
+        ]
+        columns = ["table", "what it is", ">methods", ">samples a task", "folder"]
+        show.console().print(show.table("Comparisons", columns, rows))
+    return found
+
+
+def _command(name: str, data: Path | None, out: Path | None, table: str) -> str:
+    """What to type to run a comparison again."""
+    words = ["adamerging", "suite", name, "--stage", "compare", "--table", table]
+    for option, value in (("--data", data), ("--out", out)):
+        words += [] if value is None else [option, str(value)]
+    return shlex.join(words)
+
+
+def _experts(
+    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool, as_json: bool,
+    *, trains: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The experts: trained, or given."""
+    if filled.finetune is None:
+        given = filled.merge["experts"]
+        if trains:
+            show.note(f"{filled.suite.title}: nothing to train, its experts are there: {', '.join(given)}")
+        return {
+            "experts": [{"name": task, "status": "given", "folder": path} for task, path in given.items()]
+        }
+    outcomes = _trained(filled.finetune, filled, jobs, threads, overwrite, dry_run)
+    if not as_json:
+        finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
+    weak = _below(outcomes, filled.suite.floors)
+    return {"experts": [finetuning.plain(outcome) for outcome in outcomes], "below_floor": weak}
+
+
+def _trained(
+    fields: Mapping[str, Any], filled: Filled, jobs: int | None, threads: int | None, overwrite: bool,
+    dry_run: bool,
+) -> list[Outcome]:  # fmt: skip
     from ..finetuning.settings import FinetuneRecipe
     from ..validation import make
 
-    assert filled.finetune is not None
     changes = flags.given(jobs=jobs, threads=threads, overwrite=overwrite or None)
-    recipe = make(FinetuneRecipe, {**filled.finetune, **changes}, f"suite {filled.suite.title}")
+    recipe = make(FinetuneRecipe, {**fields, **changes}, f"suite {filled.suite.title}")
     return finetuning.run(recipe, dry_run=dry_run)
+
+
+def _baselines(
+    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool, as_json: bool
+) -> dict[str, Any]:
+    """The tasks trained in other ways, to set beside the experts."""
+    from ..errors import UsageError
+
+    if not filled.baselines:
+        raise UsageError(f"the suite {filled.suite.title} has no stage baselines")
+    found = {}
+    for name, fields in filled.baselines.items():
+        about = filled.suite.baselines[name].about
+        show.note(f"{name}: {about}")
+        outcomes = _trained(fields, filled, jobs, threads, overwrite, dry_run)
+        found[name] = {"about": about, "experts": [finetuning.plain(outcome) for outcome in outcomes]}
+        if not as_json:
+            finetuning.print_outcomes(outcomes, dry_run=dry_run, as_json=False)
+    return found
 
 
 def _share(
@@ -222,11 +321,18 @@ def _merge(
     return {"out": str(out), "status": "merged", "scores": result.record.get("scores")}
 
 
-def _compare(path: str, folder: Path, as_json: bool) -> dict[str, Any]:
-    from ..evaluation.compare import compare  # type: ignore[import-not-found, unused-ignore]
+def _compare(folder: Path, name: str, command: str, as_json: bool) -> dict[str, Any]:
+    """One comparison, by the recipe of its name, into a folder of its own."""
+    from ..evaluation.compare import compare
     from ..recipe import load_recipe
+    from .compare import progress
 
-    found = compare(load_recipe(path), out=folder / "compare")
+    out = folder / name
+    with progress() as say:
+        found = compare(
+            load_recipe(folder / f"{name}.yaml"), out=out, say=say,
+            on_plan=lambda plan: show.note(f"{out}: {plan}"), command=command,
+        )  # fmt: skip
     if not as_json:
-        show.console().print(f"\nCompared {len(found.rows)} models; records in {folder / 'compare'}.")
-    return {"out": str(folder / "compare"), "rows": len(found.rows), "complete": found.complete}
+        show.console().print(f"\nCompared {len(found.rows)} models; records in {out}.")
+    return {"out": str(out), "rows": len(found.rows), "complete": found.complete}

@@ -96,8 +96,10 @@ def _settings(candidate: Candidate) -> dict[str, Any]:
     settings = candidate.settings
     assert candidate.method is not None
     scale = candidate.method.scale if settings.scale is None else settings.scale
-    return {"method": settings.method, "scale": scale} | (
-        {} if settings.weights == 1.0 else {"weights": settings.weights}
+    return (
+        {"method": settings.method, "scale": scale}
+        | ({} if settings.weights == 1.0 else {"weights": settings.weights})
+        | ({"batchnorm": "keep"} if candidate.keeps_statistics else {})
     )
 
 

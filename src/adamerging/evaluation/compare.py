@@ -31,7 +31,7 @@ from .entries import wanted
 from .explaining import explain, explains
 from .making import Made, Maker
 from .outsiders import Outsiders, plan_outsiders, seat_outsiders
-from .planning import Planned, plan_rows, scoring_of
+from .planning import Outlook, Planned, outlook, plan_rows, scoring_of
 from .records import CLEAN, Comparison, Row, ScoreRecord, TaskRecord
 from .settings import CompareSettings
 from .shift import check_shift
@@ -42,6 +42,7 @@ from .usage import PeakMemory
 
 Say = Callable[[str], None]
 OnRow = Callable[[Row], None]
+OnPlan = Callable[[Outlook], None]
 
 
 def compare(
@@ -50,6 +51,7 @@ def compare(
     out: str | Path,
     say: Say = lambda _: None,
     on_row: OnRow = lambda _: None,
+    on_plan: OnPlan = lambda _: None,
     command: str | None = None,
     **settings: Any,
 ) -> Comparison:
@@ -63,6 +65,7 @@ def compare(
         out: folder of the records.
         say: told what takes time.
         on_row: told of every row as it is done.
+        on_plan: told how many rows there are and what they take, before the first is made.
         command: what a reader may type to run this again, for the record.
         settings: fields of `CompareSettings` that replace the recipe's: methods, seeds, limit, ...
 
@@ -97,6 +100,8 @@ def compare(
         planned = plan_rows(
             vectors.tasks, bench.scored_tasks(), asked, chosen.seeds, list(outsiders.tasks), outsiders.groups
         )
+        there = {row.name for row in planned if folder.find_row(row.name, row.key(bench)) is not None}
+        on_plan(outlook(planned, there))
         return _Run(recipe, bench, folder, planned, say, on_row, command).run()
 
 

@@ -28,12 +28,14 @@ class Candidate:
         method: of a static merge; None where coefficients are learned.
         adapt: settings of learning; None for a static merge.
         tried: what a sweep changed.
+        keeps_statistics: a static merge whose BatchNorm statistics stay as they are merged.
     """
 
     settings: Settings
     method: Method | None
     adapt: AdaptSettings | None
     tried: Mapping[str, Any]
+    keeps_statistics: bool = False
 
     @property
     def seeded(self) -> bool:
@@ -150,9 +152,12 @@ def _entry(label: str, entry: Entry | None) -> Entry:
             f"{label}: method and adapt exclude each other; a method is where learning starts "
             "(adapt: {start: ties}) or what is done to the task vectors first (adapt: {vectors: ties})"
         )
-    if entry.adapt is not None:
-        return entry
-    if entry.method is not None:
+    if entry.adapt is not None and "batchnorm" in entry.model_fields_set:
+        raise UsageError(
+            f"{label}: batchnorm is for a static merge; say it among the settings of learning, "
+            f"adapt: {{batchnorm: {entry.batchnorm}}}"
+        )
+    if entry.adapt is not None or entry.method is not None:
         return entry
     name = ALIASES.get(label, label)
     if name in PRESETS:
@@ -191,7 +196,7 @@ def _settle(made: Wanted, entry: Entry, tried: Mapping[str, Any], seed: int | No
         weights = recipe.weights_by_expert() if method.weighted else 1.0
         chosen = {"method": [{name: options} for name, options in steps], "scale": entry.scale}
         settings = Settings.model_validate({**common, **chosen, "weights": weights})
-        return Candidate(settings, method, None, tried)
+        return Candidate(settings, method, None, tried, entry.batchnorm == "keep")
     except UsageError as error:
         raise UsageError(f"{made.label}: {error}") from None
     except ValueError as error:

@@ -148,7 +148,9 @@ class Maker:
         informed = self._informed(prepared)
         seconds = time.perf_counter() - started
         merged = self._merged(
-            informed, lambda: merge_into(self.bench.body.tensors, informed, self.bench.workers)
+            informed,
+            lambda: merge_into(self.bench.body.tensors, informed, self.bench.workers),
+            keeps_statistics=candidate.keeps_statistics,
         )
         if candidate.method.statistics is not None:
             merged = replace(merged, adapted=True, seconds=seconds + merged.seconds)
@@ -190,9 +192,17 @@ class Maker:
             if name in self.bench.seats
         }
 
-    def _merged(self, prepared: Prepared, fill: Callable[[], None]) -> Made:
-        """Fill, and re-estimate BatchNorm statistics where every expert has data, as a merge does."""
-        refresh = self.refresher(prepared)
+    def _merged(
+        self, prepared: Prepared, fill: Callable[[], None], *, keeps_statistics: bool = False
+    ) -> Made:
+        """Fill, and re-estimate BatchNorm statistics where every expert has data, as a merge does.
+
+        Args:
+            prepared: of these experts.
+            fill: makes the body the merge.
+            keeps_statistics: leave them as they were merged all the same.
+        """
+        refresh = None if keeps_statistics else self.refresher(prepared)
 
         def again() -> None:
             fill()

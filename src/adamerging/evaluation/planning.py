@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..adaptation.cache import key
+from ..adaptation.settings import AdaptSettings
 from .bench import Bench
 from .cache import VERSION
 from .entries import Wanted
@@ -55,6 +56,7 @@ class Planned:
                     [
                         candidate.settings.model_dump(exclude={"threads"}),
                         candidate.adapt and candidate.adapt.model_dump(exclude={"save_every", "budget"}),
+                        *(["statistics kept"] if candidate.keeps_statistics else []),
                     ]
                     for candidate in self.wanted.candidates(self.seed)
                 ],
@@ -64,6 +66,47 @@ class Planned:
         outside = [bench.content_outside[name] for name in self.unseen]
         scoring = scoring_of(bench.settings, whole=self.group is None)
         return key("row", VERSION, own, scoring, str(bench.device), bench.content, outside)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a comparison has before it, known before its first row.
+
+    Attributes:
+        rows: how many it has.
+        kept: of these, rows that an earlier run left and that are as good as new.
+        learning: rows to be made whose coefficients are learned.
+        steps: optimisation steps that these take together, all that a sweep tries included.
+    """
+
+    rows: int
+    kept: int
+    learning: int
+    steps: int
+
+    def __str__(self) -> str:
+        kept = f", {self.kept} of them kept" if self.kept else ""
+        learned = f"; {self.learning} to learn, {self.steps} steps in all" if self.learning else ""
+        return f"{self.rows} rows{kept}{learned}"
+
+
+def outlook(planned: Sequence[Planned], kept: Collection[str]) -> Outlook:
+    """What the rows take.
+
+    Args:
+        planned: all rows.
+        kept: names of those that are there already.
+    """
+    steps = []
+    for row in planned:
+        if row.kind == "learned" and row.wanted is not None and row.name not in kept:
+            candidates = [candidate.adapt for candidate in row.wanted.candidates(row.seed)]
+            steps.append(sum(_steps(adapt) for adapt in candidates if adapt is not None))
+    return Outlook(len(planned), len(kept), len(steps), sum(steps))
+
+
+def _steps(adapt: AdaptSettings) -> int:
+    return adapt.steps + sum(part.steps for part in (adapt.mask, adapt.surgery) if part is not None)
 
 
 def scoring_of(settings: CompareSettings, *, whole: bool = True) -> dict[str, Any]:

@@ -21,6 +21,11 @@ class Entry(BaseModel):
     adapt: str | dict[str, Any] | None = Field(
         None, description="Learn the coefficients: a preset's name, or settings as in a recipe."
     )
+    batchnorm: Literal["recalibrate", "keep"] = Field(
+        "recalibrate",
+        description="BatchNorm statistics of a static merge: re-estimated on the adaptation data, or as "
+        "merged.",
+    )
     sweep: dict[str, list[Any]] = Field(
         {}, description="Settings to try, {scale: [0.2, 0.3]}, {options.density: [...]}, {adapt.lr: [...]}."
     )

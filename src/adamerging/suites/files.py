@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import MissingExtraError, UsageError
 from ..recipe import read_yaml
 from ..validation import make
 
 FOLDER = Path(__file__).parent
+MAIN = "main"
+"""Name of the suite's own comparison among its tables."""
+ALL = "all"
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
+_NAME = re.compile(r"[a-z0-9_-]+")
 
 
 class SuiteData(BaseModel):
@@ -30,6 +34,27 @@ class SuiteData(BaseModel):
     )
     tasks: list[str] = Field(description="The tasks that have experts.")
     unseen: list[str] = Field([], description="Folders of the tasks that have none.")
+
+
+class Baseline(BaseModel):
+    """Another way to train the tasks, to set beside the experts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    about: str = Field(description="One sentence.")
+    recipe: dict[str, Any] = Field(description="Fields over the suite's fine-tuning recipe.")
+
+
+class Table(BaseModel):
+    """A further comparison of a suite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    about: str = Field(description="One sentence.")
+    recipe: dict[str, Any] = Field({}, description="Fields over the suite's recipe.")
+    compare: dict[str, Any] = Field(
+        description="As `compare:` of a recipe; a label of the suite's own comparison stands for its entry."
+    )
 
 
 class Suite(BaseModel):
@@ -55,6 +80,17 @@ class Suite(BaseModel):
     recipe: dict[str, Any] = Field(description="A merge recipe; `each` holds for every task.")
     merge: dict[str, Any] = Field(description="What the stage merge adds to the recipe.")
     compare: dict[str, Any] = Field(description="What the stage compare adds, as `compare:`.")
+    tables: dict[str, Table] = Field({}, description="Further comparisons by name.")
+    baselines: dict[str, Baseline] = Field({}, description="Other ways to train, by name.")
+
+    @field_validator("tables", "baselines")
+    @classmethod
+    def _names_of_files(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if not _NAME.fullmatch(name) or name in (MAIN, ALL):
+                raise ValueError(f"'{name}' cannot be a name here: lower-case letters, digits, - and _, "
+                                 f"and neither {MAIN} nor {ALL}")  # fmt: skip
+        return named
 
 
 @dataclass(frozen=True)
@@ -67,6 +103,8 @@ class Filled:
         share: fields of the sharing recipe; None where the suite has none.
         merge: fields of the merge recipe.
         compare: the same with `compare:` in the place of how to merge.
+        tables: fields of the recipes of further comparisons, by name.
+        baselines: fields of other fine-tuning recipes, by name.
         folders: data folders under ``--data``, those of unseen tasks last.
     """
 
@@ -75,21 +113,34 @@ class Filled:
     share: dict[str, Any] | None
     merge: dict[str, Any]
     compare: dict[str, Any]
+    tables: dict[str, dict[str, Any]]
+    baselines: dict[str, dict[str, Any]]
     folders: tuple[str, ...]
+
+    @property
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """Fields of every recipe, by name of its file without the suffix."""
+        stages = {stage: getattr(self, stage) for stage in ("finetune", "share", "merge", "compare")}
+        named = {f"baseline-{name}": fields for name, fields in self.baselines.items()}
+        named |= {comparison(name): fields for name, fields in self.tables.items()}
+        return {name: fields for name, fields in {**stages, **named}.items() if fields is not None}
 
     def write(self, out: Path) -> dict[str, Path]:
         """Write the recipes as files that `adamerging finetune`, `share`, `merge` and `compare` take."""
         out.mkdir(parents=True, exist_ok=True)
         paths = {}
-        for stage in ("finetune", "share", "merge", "compare"):
-            if getattr(self, stage) is None:
-                continue
-            paths[stage] = out / f"{stage}.yaml"
-            text = yaml.safe_dump(getattr(self, stage), sort_keys=False, allow_unicode=True, width=110)
-            partial = out / f".{stage}.yaml.partial"
-            partial.write_text(f"# {self.suite.title}, {stage}\n{text}", encoding="utf-8")
-            partial.replace(paths[stage])
+        for name, fields in self.recipes.items():
+            paths[name] = out / f"{name}.yaml"
+            text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=110)
+            partial = out / f".{name}.yaml.partial"
+            partial.write_text(f"# {self.suite.title}, {name}\n{text}", encoding="utf-8")
+            partial.replace(paths[name])
         return paths
+
+
+def comparison(table: str) -> str:
+    """Name of a comparison's folder, and of its recipe without the suffix."""
+    return "compare" if table == MAIN else f"compare-{table}"
 
 
 def names() -> list[str]:
@@ -142,18 +193,8 @@ def fill(
         UsageError: no such task, no such placeholder to change, or a placeholder that stands for nothing.
         MissingExtraError: a package that a placeholder names is not installed.
     """
-    unknown = [task for task in tasks or [] if task not in suite.data.tasks]
-    if unknown:
-        raise UsageError(
-            f"no task {', '.join(unknown)} in the suite {suite.title}; it has {', '.join(suite.data.tasks)}"
-        )
+    _check_asked(suite, tasks or [], multitask, values or {})
     kept = [task for task in suite.data.tasks if not tasks or task in tasks]
-    strange = [name for name in values or {} if name not in suite.values]
-    if strange:
-        raise UsageError(
-            f"the suite {suite.title} has no placeholder {', '.join(strange)} to set; "
-            f"it has {', '.join(suite.values) or 'none'}"
-        )
     common_words = {"out": str(out.resolve())} | ({} if data is None else {"data": str(data.resolve())})
     own_words = {**suite.values, **(values or {})}
 
@@ -177,24 +218,72 @@ def fill(
         skipped = ("each", "tasks", "experts")
         return {key: filled(value) for key, value in section.items() if key not in skipped}
 
-    if suite.finetune is None:
-        if multitask:
-            raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
-        finetune = share = None
-    else:
-        training = {**rest(suite.finetune), "tasks": by_task(suite.finetune)}
+    def trained_by(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {**rest(section), "tasks": by_task(section)}
+
+    def merged_by(section: Mapping[str, Any]) -> dict[str, Any]:
+        experts = {task: filled(section["experts"], task) for task in kept}
+        return {**rest(section), "experts": experts, "tasks": by_task(section)}
+
+    baselines = {}
+    finetune = share = None
+    if suite.finetune is not None:
+        training = trained_by(suite.finetune)
         finetune = {**training, "multitask": multitask}
         share = None if suite.share is None else {**training, **filled(suite.share)}
-    experts = {task: filled(suite.recipe["experts"], task) for task in kept}
-    common: dict[str, Any] = {**rest(suite.recipe), "experts": experts, "tasks": by_task(suite.recipe)}
+        for name, baseline in suite.baselines.items():
+            own = {**suite.finetune, "out": f"${{out}}/baselines/{name}"}
+            baselines[name] = trained_by(_over(own, baseline.recipe))
+    common = merged_by(suite.recipe)
     return Filled(
         suite,
         finetune,
         share,
         {**common, **filled(suite.merge)},
         {**common, "compare": filled(_without(suite.compare, kept))},
+        {
+            name: {
+                **merged_by(_over(suite.recipe, table.recipe)),
+                "compare": filled(_without(_labelled(table.compare, suite.compare), kept)),
+            }
+            for name, table in suite.tables.items()
+        },
+        baselines,
         tuple([filled(suite.data.seen, task) for task in kept if suite.data.seen] + suite.data.unseen),
     )
+
+
+def _check_asked(suite: Suite, tasks: Sequence[str], multitask: bool, values: Mapping[str, str]) -> None:
+    """Refuse what a suite does not have. Raises as `fill`."""
+    unknown = [task for task in tasks if task not in suite.data.tasks]
+    if unknown:
+        raise UsageError(
+            f"no task {', '.join(unknown)} in the suite {suite.title}; it has {', '.join(suite.data.tasks)}"
+        )
+    strange = [name for name in values if name not in suite.values]
+    if strange:
+        raise UsageError(
+            f"the suite {suite.title} has no placeholder {', '.join(strange)} to set; "
+            f"it has {', '.join(suite.values) or 'none'}"
+        )
+    if multitask and suite.finetune is None:
+        raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
+
+
+def _over(general: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with those of the special case in their place; sections, such as `each`, field by field."""
+    result = dict(general)
+    for key, value in special.items():
+        both = isinstance(value, Mapping) and isinstance(general.get(key), Mapping)
+        result[key] = _over(general[key], value) if both else value
+    return result
+
+
+def _labelled(compare: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison in which labels of the main one are its entries."""
+    known = {label: item for item in main["methods"] if isinstance(item, dict) for label in item}
+    methods = [known.get(item, item) if isinstance(item, str) else item for item in compare["methods"]]
+    return {**compare, "methods": methods}
 
 
 def _without(compare: Mapping[str, Any], kept: list[str]) -> dict[str, Any]:
