@@ -348,6 +348,42 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(cli: Cli, sharing: Rec
         assert same(work / name / "penalty-1", tmp_path / "whole.tasks" / name / "penalty-1")
 
 
+def test_processes_make_the_same_tasks_as_one(cli: Cli, sharing: Recipe, tmp_path: Path) -> None:
+    path = sharing(threads=1, sweep={"penalty": [0.0, 1.0]})
+    alone = found(cli("share", path, "--json"))
+    done = cli("share", path, "--jobs", 2, "--out", tmp_path / "parallel", "--json")
+    together = found(done)
+    assert "sizes, penalty 1: epoch 2.00" in done.err
+    timeless = [
+        [{k: v for k, v in trial.items() if k != "seconds"} for trial in each["trials"]]
+        for each in (alone, together)
+    ]
+    assert timeless[0] == timeless[1]
+    for trial in alone["trials"]:
+        inner = Path(trial["task"]) / f"penalty-{trial['penalty']:g}"
+        assert same(tmp_path / "shared.tasks" / inner, tmp_path / "parallel.tasks" / inner)
+    again = found(cli("share", path, "--jobs", 2, "--json"))
+    assert {trial["status"] for trial in again["trials"]} == {"kept"}
+
+
+def test_processes_share_a_joint_base(cli: Cli, sharing: Recipe, tmp_path: Path) -> None:
+    path = sharing(threads=1, joint=True)
+    assert cli("share", path).code == 0
+    assert cli("share", path, "--jobs", 2, "--out", tmp_path / "parallel").code == 0
+    for name in ("colours", "sizes"):
+        inner = Path(name) / "penalty-1"
+        assert same(tmp_path / "shared.tasks" / inner, tmp_path / "parallel.tasks" / inner)
+
+
+def test_an_error_in_a_process_ends_the_run_with_its_message(
+    cli: Cli, sharing: Recipe, tmp_path: Path
+) -> None:
+    path = sharing(settings={**QUICK, "body_lr": 1e30, "warmup": 0.0})
+    failed = cli("share", path, "--jobs", 2)
+    assert failed.code == 5 and "the training loss is nan" in failed.err, failed.err
+    assert "Traceback" not in failed.err and not (tmp_path / "shared").exists()
+
+
 def test_the_store_answers_as_the_trained_task_and_a_later_run_adds_to_it(
     cli: Cli, sharing: Recipe, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="A,B", help="Only these tasks of the recipe.")]
 Jobs = Annotated[
-    int | None, typer.Option("--jobs", min=1, help="Experts trained at the same time; one unless told.")
+    int | None, typer.Option("--jobs", min=1, help="Trainings at the same time; one unless told.")
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read and check everything, say what would be trained.")

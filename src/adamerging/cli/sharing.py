@@ -36,6 +36,7 @@ def share(
             show_default=False,
         ),
     ] = None,
+    jobs: finetuning.Jobs = None,
     threads: flags.Threads = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
@@ -51,7 +52,7 @@ def share(
     """
     from ..sharing.settings import load_share_recipe
 
-    changes = flags.given(out=out, overwrite=overwrite, threads=threads, device=device)
+    changes = flags.given(out=out, overwrite=overwrite, jobs=jobs, threads=threads, device=device)
     loaded = load_share_recipe(recipe, changes, finetuning.names_of(tasks))
     if penalty is not None:
         loaded = _with_penalties(loaded, penalty)

@@ -105,7 +105,7 @@ def suite(
     if Stage.baselines in stages:
         found["baselines"] = _baselines(filled, jobs, threads, overwrite, dry_run, as_json)
     if Stage.share in stages:
-        found["share"] = _share(filled, threads, overwrite, dry_run, as_json)
+        found["share"] = _share(filled, jobs, threads, overwrite, dry_run, as_json)
     if Stage.merge in stages and not dry_run:
         found["merge"] = _merge(filled, folder, threads, overwrite, as_json)
     if Stage.compare in stages and dry_run:
@@ -268,7 +268,7 @@ def _baselines(
 
 
 def _share(
-    filled: Filled, threads: int | None, overwrite: bool, dry_run: bool, as_json: bool
+    filled: Filled, jobs: int | None, threads: int | None, overwrite: bool, dry_run: bool, as_json: bool
 ) -> dict[str, Any]:
     """The tasks over one base, with as few layers of their own as they need."""
     from ..errors import UsageError
@@ -277,7 +277,7 @@ def _share(
 
     if filled.share is None:
         raise UsageError(f"the suite {filled.suite.title} has no stage share")
-    changes = flags.given(threads=threads, overwrite=overwrite or None)
+    changes = flags.given(jobs=jobs, threads=threads, overwrite=overwrite or None)
     recipe = make(ShareRecipe, {**filled.share, **changes}, f"suite {filled.suite.title}")
     result = sharing.run(recipe, dry_run=dry_run)
     if not as_json:

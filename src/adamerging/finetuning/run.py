@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import AdamergingError, OutputError, UsageError
+from ..errors import OutputError, UsageError
 from ..naming import architecture
 from ..tasks.data import DataKind, Fields, read_samples
 from ..tasks.resolve import factory, named
@@ -24,14 +22,13 @@ from ..weights import Weights, open_weights, sha256_file
 from .heads import prompts_of, zero_shot_head
 from .learner import Learner, checked, classes_of
 from .modules import module_learner
+from .processes import Say, default_threads, in_processes
 from .record import RECORD, content_key, differences, read_record
 from .settings import MULTITASK, FinetuneRecipe, FinetuneSettings, FinetuneTask
-from .train import Expert, default_threads, identify, train
+from .train import Expert, identify, train
 from .transformers_models import embedding_learner, image_learner, text_learner
 
 Status = Literal["to train", "trained", "kept"]
-Say = Callable[[str, str], None]
-"""Called with (task, line)."""
 OnStep = Callable[[str, int, int], None]
 """Called with (task, steps done, steps in all)."""
 
@@ -169,7 +166,10 @@ def finetune(
     jobs = prepare(recipe)
     waiting = [] if dry_run else [job for job in jobs if not job.done]
     if recipe.jobs > 1 and len(waiting) > 1:
-        _in_processes(recipe, [job.name for job in waiting], say)
+        plain = recipe.model_dump(exclude_unset=True)
+        calls = {job.name: (plain, job.name) for job in waiting}
+        threads = recipe.threads or default_threads(recipe.jobs)
+        in_processes(_in_process, calls, jobs=recipe.jobs, threads=threads, say=say)
     else:
         with torch_threads(recipe.threads):
             for job in waiting:
@@ -267,33 +267,14 @@ def run_job(job: Job, device: str | None, say: Say, on_step: OnStep) -> None:
     )  # fmt: skip
 
 
-def _in_processes(recipe: FinetuneRecipe, names: Iterable[str], say: Say) -> None:
-    """Train several experts at a time, each in a process of its own; the first error ends the run."""
-    threads = recipe.threads or default_threads(recipe.jobs)
-    plain = recipe.model_dump(exclude_unset=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(recipe.jobs, mp_context=context) as pool:
-        running = {pool.submit(_in_process, plain, name, threads): name for name in names}
-        try:
-            for future in as_completed(running):
-                say(running[future], future.result())
-        except AdamergingError:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _in_process(plain: dict[str, Any], name: str, threads: int) -> str:
-    recipe = FinetuneRecipe.model_validate({**plain, "jobs": 1, "threads": threads})
+def _in_process(say: Say, plain: dict[str, Any], name: str) -> None:
+    """Train one expert, or the joint run, of a recipe as plain data."""
+    recipe = FinetuneRecipe.model_validate(plain)
     if name != MULTITASK:
         recipe = recipe.model_copy(update={"tasks": {name: recipe.tasks[name]}, "multitask": False})
-    lines: list[str] = []
-    with torch_threads(threads):
-        for job in prepare(recipe):
-            if job.name == name and not job.done:
-                run_job(
-                    job, recipe.device, lambda task, line: lines.append(line), lambda task, step, total: None
-                )
-    return lines[-1] if lines else "kept"
+    for job in prepare(recipe):
+        if job.name == name and not job.done:
+            run_job(job, recipe.device, say, lambda task, step, total: None)
 
 
 @contextmanager

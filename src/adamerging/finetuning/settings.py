@@ -127,16 +127,11 @@ class TrainingRecipe(BaseModel):
     threads: int | None = Field(
         None, ge=1, description="Threads of a training; all cores divided by jobs if unset."
     )
+    jobs: int = Field(1, ge=1, description="Trainings at the same time, in processes of their own.")
     device: str | None = Field(None, description="Such as cuda:0; cuda where there is one when unset.")
     overwrite: bool = Field(False, description="Replace trainings of an earlier run that differ.")
 
-    @field_validator("tasks")
-    @classmethod
-    def _names_of_folders(cls, tasks: dict[str, FinetuneTask]) -> dict[str, FinetuneTask]:
-        for name in tasks:
-            if not name or name.startswith(".") or "/" in name or "\0" in name or name == MULTITASK:
-                raise ValueError(f"'{name}' cannot be a task's name: it is the name of its folder")
-        return tasks
+    _check_tasks = field_validator("tasks")(names_of_folders)
 
     def settings_of(self, name: str) -> FinetuneSettings:
         """The settings of one task: the recipe's, changed by its own."""
@@ -156,7 +151,6 @@ class FinetuneRecipe(TrainingRecipe):
         description="Also train one body on all tasks jointly, the upper reference: true, or its settings "
         f"over the recipe's. Written to out/{MULTITASK}/<task>.",
     )
-    jobs: int = Field(1, ge=1, description="Experts trained at the same time, in processes of their own.")
 
 
 def over(general: FinetuneSettings, special: FinetuneSettings) -> FinetuneSettings:

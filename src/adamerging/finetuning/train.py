@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,11 +161,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield torch.Generator().manual_seed(seed)
-
-
-def default_threads(jobs: int) -> int:
-    """Threads of each of several processes."""
-    return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def prepare_learner(learner: Learner, settings: FinetuneSettings, device: torch.device) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from ..errors import OutputError, UsageError
 from ..finetuning.learner import Learner
+from ..finetuning.processes import Say, default_threads, in_processes
 from ..finetuning.record import read_record
-from ..finetuning.run import Job, OnStep, Part, Say, is_done, make_job, read_parts, run_job, torch_threads
+from ..finetuning.run import Job, OnStep, Part, is_done, make_job, read_parts, run_job, torch_threads
 from ..finetuning.settings import FinetuneSettings
 from ..finetuning.train import Expert, identify, prepare_learner, seeded, train, where
 from ..weights import Weights, open_weights
@@ -162,7 +163,7 @@ def share(
     if recipe.out is None:
         raise UsageError("no output folder: give --out FOLDER, or out: in the recipe")
     out = Path(recipe.out).expanduser()
-    work = out.with_name(f"{out.name}.tasks")
+    work = _beside(out)
     source = recipe.base
     parts = read_parts(recipe.tasks, open_weights(source))
     for part in parts:
@@ -181,7 +182,10 @@ def share(
             for penalty in recipe.penalties()
         ]
         others = _others(out, work, parts[0], recipe)
-        trials = [each.outcome("to train") if dry_run else each.run(recipe, say, on_step) for each in waiting]
+        if not dry_run:
+            _train(waiting, recipe, source, say, on_step)
+    status: Status = "to train" if dry_run else "trained"
+    trials = [each.outcome(status) for each in waiting]
     chosen = {} if dry_run else {part.name: _choose(part.name, trials, recipe.tolerance) for part in parts}
     size = sum(spec.numel for spec in parts[0].base.specs.values())
     result = ShareResult(out, source, size, trials, chosen, others)
@@ -247,10 +251,8 @@ class _Waiting:
     expert: Expert
     done: bool
 
-    def run(self, recipe: ShareRecipe, say: Say, on_step: OnStep) -> Trial:
-        """Train, unless that is done."""
-        if self.done:
-            return self.outcome("kept")
+    def run(self, recipe: ShareRecipe, say: Say, on_step: OnStep) -> None:
+        """Train."""
         name = self.part.name
         if recipe.sweep is not None:
             name += f", penalty {self.gates.penalty:g}"
@@ -261,7 +263,6 @@ class _Waiting:
             dress=lambda learner: gated(learner, self.gates, self.part.base, self.settings),
             say=lambda line: say(name, line), on_step=lambda step, total: on_step(name, step, total),
         )  # fmt: skip
-        return self.outcome("trained")
 
     def outcome(self, status: Status) -> Trial:
         """The trial, with its record as it is on disk."""
@@ -280,6 +281,36 @@ def _waiting(part: Part, penalty: float, recipe: ShareRecipe, work: Path, *, fre
     expert = Expert(work / part.name / f"penalty-{penalty:g}", *identify(settings, about), part.test)
     done = not fresh and is_done(expert, overwrite=recipe.overwrite)
     return _Waiting(part, gates, settings, expert, done)
+
+
+def _train(every: Sequence[_Waiting], recipe: ShareRecipe, source: str, say: Say, on_step: OnStep) -> None:
+    """Train what is not done; with ``jobs`` several at a time."""
+    waiting = [each for each in every if not each.done]
+    if recipe.jobs == 1 or len(waiting) < 2:
+        for each in waiting:
+            each.run(recipe, say, on_step)
+        return
+    plain = {**recipe.model_dump(exclude_unset=True), "base": source, "joint": False}
+    calls = {
+        f"{each.part.name}, penalty {each.gates.penalty:g}": (plain, each.part.name, each.gates.penalty)
+        for each in waiting
+    }
+    threads = recipe.threads or default_threads(recipe.jobs)
+    in_processes(_in_process, calls, jobs=recipe.jobs, threads=threads, say=say)
+
+
+def _in_process(say: Say, plain: dict[str, Any], name: str, penalty: float) -> None:
+    """Train one task with one penalty of a recipe as plain data."""
+    recipe = ShareRecipe.model_validate(plain)
+    (part,) = read_parts({name: recipe.tasks[name]}, open_weights(recipe.base))
+    work = _beside(Path(str(recipe.out)))
+    _waiting(part, penalty, recipe, work, fresh=True).run(recipe, say, lambda task, step, total: None)
+
+
+def _beside(out: Path) -> Path:
+    """Folder of the trainings of a store."""
+    out = out.expanduser()
+    return out.with_name(f"{out.name}.tasks")
 
 
 def gated(learner: Learner, settings: TapsSettings, base: Weights, training: FinetuneSettings) -> Learner:
