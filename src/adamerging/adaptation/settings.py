@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..errors import UsageError
 from ..validation import make
 from .layerwise_settings import asked_for
 from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from .objectives import Objective
 
 Granularity = Literal["task", "block", "tensor", "row", "singular"]
 
@@ -105,7 +108,11 @@ class AdaptSettings(BaseModel):
         "forward",
         description="Keep coefficients in [0, 1]: when used (paper), after each step, or not at all.",
     )
-    objective: str = Field("entropy", description="What is minimised; see docs for the list.")
+    objective: str = Field(
+        "entropy",
+        description="What is minimised: entropy, filtered_entropy, diverse_entropy, agreement, self_labels, "
+        "supervised, or package.module:name of a function that makes one.",
+    )
     objective_options: dict[str, Any] = Field({}, description="Options of the objective.")
     optimizer: str = Field("Adam", description="Name of a class in torch.optim.")
     optimizer_options: dict[str, Any] = Field(
@@ -150,6 +157,12 @@ class AdaptSettings(BaseModel):
         "recalibrate", description="BatchNorm statistics: re-estimated on the adaptation data, or as merged."
     )
     save_every: int = Field(20, ge=1, description="Steps between saves of the state.")
+    _objective: Objective | None = PrivateAttr(None)
+
+    @property
+    def own_objective(self) -> Objective | None:
+        """The objective, where the caller gave one and no name; records have its name alone."""
+        return self._objective
 
 
 def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings:
@@ -178,6 +191,18 @@ def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings
     return settings.model_copy(update={"granularity": "task", "clamp": "none", "coefficients": None})
 
 
+def _name_of(own: Any) -> str:
+    """The name of an objective that is given as such."""
+    from .objectives import Objective
+
+    if not isinstance(own, Objective):
+        raise UsageError(
+            f"objective must be a name or an adamerging.Objective, got {type(own).__name__}; wrap a function "
+            "of outputs and target: Objective('mine', function)"
+        )
+    return own.name
+
+
 def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 run in hardware there."""
     import torch
@@ -191,13 +216,21 @@ def has_fast_bfloat16(device: str) -> bool:
 def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """The settings with unset fields filled from the preset.
 
+    Args:
+        fields: of `AdaptSettings`; the objective may be an `Objective` instead of a name.
+
     Raises:
         UsageError: unknown preset, unknown or unreadable fields, fields that exclude each other.
     """
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
+    own = fields.get("objective")
+    if own is not None and not isinstance(own, str):
+        fields = {**fields, "objective": _name_of(own)}
     settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset].settings, **fields}, "adapt")
+    if own is not None and not isinstance(own, str):
+        settings._objective = own
     if settings.route is not None:
         settings = _routed(settings, fields)
     stray = [name for name in ("gated", "kept", "gate") if name in fields]
