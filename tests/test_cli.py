@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from adamerging import __version__
+from adamerging.adaptation.presets import PRESETS
 from adamerging.cli import flags, show
 from adamerging.cli.merge import merge
 from adamerging.errors import AdamergingError, UsageError
@@ -270,9 +271,11 @@ def test_inspect_warns_of_an_unrelated_expert_where_merge_refuses(
 def test_methods_lists_them_all(cli: Cli) -> None:
     ended = cli("methods")
     assert ended.code == 0
-    for name, known in methods().items():
+    for name, known in {**methods(), **PRESETS}.items():
         assert name in ended.out
         assert known.summary[:40] in ended.out
+    assert "needs the task's name at inference · leaves a model for each task" in ended.out
+    assert "needs unlabeled data of every task · leaves one model · 10,000 steps" in ended.out
 
 
 def test_methods_tells_of_one(cli: Cli) -> None:
@@ -280,7 +283,21 @@ def test_methods_tells_of_one(cli: Cli) -> None:
     for word in ("density", "number 0…1", "0.2", "model | tensor", "2306.01708"):
         assert word in ended.out
     assert json.loads(cli("methods", "ties", "--json").out)["ties"]["options"][0]["name"] == "density"
-    assert list(json.loads(cli("methods", "--json").out)) == list(methods())
+    assert list(json.loads(cli("methods", "--json").out)) == [*methods(), *PRESETS]
+
+
+def test_methods_tells_of_a_preset(cli: Cli) -> None:
+    ended = cli("methods", "concrete_budget")
+    for word in ("2312.06173", "for the mask, then 40 steps", "{steps: 30, lr: 0.1}", "one model"):
+        assert word in ended.out
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_methods_fits_the_terminal(cli: Cli, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for command in (("methods",), ("methods", "wudi"), ("methods", "recommended")):
+        lines = cli(*command).out.splitlines()
+        assert max(map(len, lines)) <= int(columns)
 
 
 def test_an_unknown_method_has_near_ones(cli: Cli) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adamerging.catalogue import Listing, catalogue
 from adamerging.methods import methods
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -29,3 +30,9 @@ def test_every_option_is_described_with_its_true_default(name: str) -> None:
     described = {tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows}
     true = {(option, as_written(default)) for option, (_, default) in methods()[name].options.items()}
     assert described == true
+
+
+@pytest.mark.parametrize("listing", catalogue().values(), ids=lambda listing: listing.name)
+def test_what_each_needs_leaves_and_costs_is_what_the_command_says(listing: Listing) -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith(f"| [`{listing.name}`](")]
+    assert [row for row in rows if row.endswith(f" | {listing.needs} | {listing.leaves} | {listing.cost} |")]

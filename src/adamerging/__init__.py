@@ -8,6 +8,7 @@ from .lazy import names_from
 
 if TYPE_CHECKING:
     from .adaptation.adapt import AdaptResult, adapt
+    from .adaptation.objectives import Objective
     from .errors import (
         AdamergingError,
         MissingExtraError,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaptResult": "adaptation.adapt",
     "adapt": "adaptation.adapt",
+    "Objective": "adaptation.objectives",
     "AdamergingError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
@@ -85,6 +87,7 @@ __all__ = [
     "MergedModel",
     "MissingExtraError",
     "NonFiniteError",
+    "Objective",
     "OutputError",
     "Plan",
     "PlanError",

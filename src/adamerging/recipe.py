@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from . import mergekit
-from .adaptation.settings import PRESETS, AdaptSettings
+from .adaptation.presets import PRESETS
+from .adaptation.settings import AdaptSettings
 from .errors import UsageError
 from .evaluation.settings import CompareSettings
 from .tasks.spec import TaskSpec, beside

@@ -13,7 +13,8 @@ from adamerging.adaptation.batches import Batches, split
 from adamerging.adaptation.batchnorm import recalibrate
 from adamerging.adaptation.coefficients import layout, load_coefficients, save_coefficients, table
 from adamerging.adaptation.monitor import unused, warnings_of
-from adamerging.adaptation.settings import PRESETS, AdaptSettings, resolve
+from adamerging.adaptation.presets import PRESETS
+from adamerging.adaptation.settings import AdaptSettings, resolve
 from adamerging.blocks import places
 from adamerging.plan import make_plan
 from adamerging.weights import Spec

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 import adamerging as am
 from adamerging.adaptation.naming import method_name
-from adamerging.adaptation.settings import PRESETS, resolve
+from adamerging.adaptation.presets import PRESETS
+from adamerging.adaptation.settings import resolve
 from compared import CLASSES, save_family, save_recipe
 
 SHORT = {"batch_size": 4, "precision": "float32", "check_every": 2}

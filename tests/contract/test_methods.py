@@ -347,3 +347,19 @@ def test_what_is_known_of_the_method(case: Case):
     assert all(stage.keeps_tasks for stage in method.transform)
     plan = make_plan(as_weights(make_base()), {"a": as_weights(make_base())})
     assert set(plan.entries) == set(SHAPES)
+
+
+PASSES = {"one": 1, "two": 2, "three": 3, "seven": 7}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_what_it_says_it_needs_leaves_and_costs_is_so(name: str):
+    known = methods()[name]
+    method = make_method(name)
+    assert ("unlabeled data" in known.needs) == (method.statistics is not None)
+    assert ("task's name" in known.needs) == (method.masks is not None)
+    assert ("for each task" in known.leaves) == (method.masks is not None)
+    assert known.cost
+    count, _, passes = known.cost.partition(" ")
+    if passes in ("pass", "passes"):  # what says more than that is bound by something else
+        assert PASSES[count] == method.reads + (method.masks is not None)

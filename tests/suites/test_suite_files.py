@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adamerging.adaptation.settings import PRESETS, resolve
+from adamerging.adaptation.presets import PRESETS
+from adamerging.adaptation.settings import resolve
 from adamerging.evaluation.settings import CompareSettings
 from adamerging.evaluation.unseen import unseen_spec
 from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe

@@ -115,10 +115,12 @@ def adapt(
         out: folder to write; a run that was stopped goes on from its last save.
         overwrite: replace the folder of an earlier run.
         transductive: adaptation and evaluation data may be the same; the record says so.
-        callback: told of every step and check.
+        callback: told of every record of the history: of a step its ``step``, ``loss`` by task and
+            ``seconds``, of a check its ``step`` and ``check`` by task.
         say: told in words what takes time.
         merge: fields of `recipe.Settings` that say what is merged (include, exclude, heads, ...).
-        settings: fields of `settings.AdaptSettings`; unset ones come from the preset.
+        settings: fields of `settings.AdaptSettings`; unset ones come from the preset. ``objective`` may be an
+            `Objective` of your own.
 
     Raises:
         AdamergingError: see `errors`; nothing is written then but the state of an interrupted run.
@@ -234,7 +236,7 @@ def add_operations(
             operation, expert = operations[learner.task.name], vectors.experts[learner.task.name]
             learner.task = operation.attach(learner.task, learner.module, expert, vectors.base)
             operation.on = True
-            checks[learner.task.name] = check_task(learner, session.settings, session.body)
+            checks[learner.task.name] = check_task(learner, session.objective, session.settings, session.body)
             operation.on = False
     except BaseException:  # modules may be used again, without it
         for operation in operations.values():

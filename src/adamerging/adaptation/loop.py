@@ -200,18 +200,25 @@ class Loop:
         self._note(state, {"step": state.step, "loss": losses, "seconds": time.perf_counter() - started})
 
     def _check(self, state: State) -> None:
-        """Held-out entropy and, where the experts' predictions are known, agreement with them."""
+        """Held-out entropy and, where the experts' predictions are known, agreement with them.
+
+        The best state is that of the least divergence from the experts; of an objective whose outputs are no
+        classes that of the least loss.
+        """
         record: dict[str, Any] = {"step": state.step, "check": {}}
         for learner in self.learners:
-            record["check"][learner.task.name] = check_task(learner, self.settings, self.body)
+            record["check"][learner.task.name] = check_task(learner, self.objective, self.settings, self.body)
         checks = record["check"].values()
         if checks and all("kl" in check for check in checks):
             record["agreement"] = sum(check["agreement"] for check in checks) / len(checks)
-            record["kl"] = sum(check["kl"] for check in checks) / len(checks)
-            best = state.best.get("kl")
-            if best is None or record["kl"] < float(best):
+        for measure in ("kl", "held_out_loss"):
+            if not checks or not all(measure in check for check in checks):
+                continue
+            record[measure] = sum(check[measure] for check in checks) / len(checks)
+            best = state.best.get(measure)
+            if best is None or record[measure] < float(best):
                 state.best = {
-                    "kl": torch.tensor(record["kl"], dtype=torch.float64),
+                    measure: torch.tensor(record[measure], dtype=torch.float64),
                     "step": torch.tensor(state.step),
                     "values": state.values.detach().clone(),
                     **{f"{_HEAD}{name}": value for name, value in self._taken().items()},
@@ -269,10 +276,27 @@ def attention_for(inputs: Inputs) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH) if short and torch.is_autocast_enabled("cpu") else nullcontext()
 
 
-def check_task(learner: Learner, settings: AdaptSettings, body: Body) -> dict[str, float]:
-    """How the body answers a task's held-out samples: entropy, and agreement with the expert if known."""
+def check_task(
+    learner: Learner, objective: Objective, settings: AdaptSettings, body: Body
+) -> dict[str, float]:
+    """How the body answers a task's held-out samples: entropy, and agreement with the expert if known.
+
+    Of outputs that are no classes the loss alone.
+
+    Raises:
+        UsageError: outputs are no classes, and the objective is for classes.
+    """
     samples = learner.held or learner.train[: settings.held_out_limit]
     logits = predict(learner, samples, body.device, autocast(settings, body))
+    if not objective.classes:
+        target = learner.target(objective, samples, logits.device)
+        return {"held_out_loss": float(objective.loss(logits, target))}
+    if logits.ndim != 2:
+        raise UsageError(
+            f"task '{learner.task.name}': the objective '{objective.name}' is for logits (samples, classes), "
+            f"and the outputs are {list(logits.shape)}; give one of your own, with classes=False (see the "
+            "documentation, Your own objective)"
+        )
     classes = logits.argmax(-1)
     counts = torch.bincount(classes, minlength=logits.shape[-1])
     result = {

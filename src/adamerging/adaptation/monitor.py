@@ -30,6 +30,8 @@ def warnings_of(history: Sequence[Mapping[str, Any]], chosen: int | None = None)
     found = []
     for task, last in end["check"].items():
         first = checks[0]["check"][task]
+        if "largest_class" not in last:  # no classes
+            continue
         before = max(first["largest_class"], last.get("largest_class_of_expert", 0.0))
         if last["largest_class"] > COLLAPSED > before:
             found.append(

@@ -2,7 +2,8 @@
 
 An objective takes the merged model's logits ``(B, C)`` and, where it asks for it, a target: the expert's
 own logits on the same inputs (`agreement`) or labels (`supervised`, the one objective that is not
-unsupervised and is called labelled wherever it is used).
+unsupervised and is called labelled wherever it is used). A model whose outputs are no logits of classes, as
+in regression or dense prediction, needs one of the user's own, see `Objective.classes`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ class Objective:
         name: for records.
         loss: ``(logits (B, C), target) → scalar``.
         target: what the loss compares with: nothing, the expert's logits ``(B, C)``, or labels ``(B,)``.
+        classes: outputs are logits of classes. If not, logits are outputs of any shape ``(B, ...)``, and the
+            loss itself, on held-out inputs, takes the place of entropy and agreement in checks.
     """
 
     name: str
     loss: Callable[[Tensor, Tensor | None], Tensor]
     target: Target = "none"
+    classes: bool = True
 
 
 def sample_entropy(logits: Tensor) -> Tensor:

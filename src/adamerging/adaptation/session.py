@@ -17,6 +17,7 @@ from ..recipe import Settings
 from ..run import Prepared, prepare
 from ..stream import Workers
 from ..surgery import Operation
+from ..tasks.resolve import named
 from ..tasks.task import Samples, Task
 from ..weights import Weights, sha256_file
 from .batches import Batches, split
@@ -198,17 +199,26 @@ def parametrise(
 
 
 def make_objective(settings: AdaptSettings) -> Objective:
-    """The objective by name and options.
+    """The objective by name and options; one of the user's own by ``package.module:name``.
 
     Raises:
-        UsageError: unknown name or options.
+        UsageError: unknown name or options, or what is named makes no objective.
     """
-    if settings.objective not in OBJECTIVES:
-        raise UsageError(f"unknown objective '{settings.objective}'; there are: {', '.join(OBJECTIVES)}")
+    if settings.own_objective is not None:
+        return settings.own_objective
+    name = settings.objective
+    if name not in OBJECTIVES and ":" not in name:
+        raise UsageError(
+            f"unknown objective '{name}'; there are: {', '.join(OBJECTIVES)}; or package.module:name of a "
+            "function that makes one of your own"
+        )
     try:
-        return OBJECTIVES[settings.objective](**settings.objective_options)
+        made = (OBJECTIVES[name] if name in OBJECTIVES else named(name))(**settings.objective_options)
     except TypeError as error:
-        raise UsageError(f"objective '{settings.objective}': {error}") from None
+        raise UsageError(f"objective '{name}': {error}") from None
+    if not isinstance(made, Objective):
+        raise UsageError(f"objective '{name}' must make an adamerging.Objective, it made {made!r:.60}")
+    return made
 
 
 def make_device(name: str) -> torch.device:

@@ -1,89 +1,21 @@
-"""How coefficients are learned: one typed record, and presets that fill it."""
+"""How coefficients are learned: one typed record, which `presets` fill."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..errors import UsageError
 from ..validation import make
 from .layerwise_settings import asked_for
+from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from .objectives import Objective
 
 Granularity = Literal["task", "block", "tensor", "row", "singular"]
-
-_IN_MINUTES: Mapping[str, Any] = {
-    "objective": "agreement",
-    "schedule": "cosine",
-    "steps": 60,
-    "group_by_length": True,
-    "batch_tokens": 1024,
-    "check_every": 20,
-    "held_out": 0.2,
-    "keep": "best",
-    "precision": "auto",
-    "clamp": "none",
-}
-"""Few and large steps by agreement, the best held-out state kept: minutes on a processor."""
-
-_AS_IT_STARTS: Mapping[str, Any] = {
-    "granularity": "task",
-    "initial": 0.0,
-    "clamp": "none",
-    "objective": "agreement",
-    "steps": 0,
-    "group_by_length": True,
-    "precision": "auto",
-}
-"""No coefficients are learned on top of the start."""
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # The product's default, see docs/adapting.md: a WUDI merge to start from, a coefficient for every row
-    # of every expert on top of it, learned by agreement with the experts, best held-out state kept.
-    "recommended": {
-        "granularity": "row",
-        "start": [{"wudi": {"matrices": "all"}}],
-        "initial": 0.0,
-        "lr": 0.03,
-        **_IN_MINUTES,
-    },
-    # AdaMerging as the paper describes it (arXiv 2310.02575).
-    "paper": {},
-    # The authors' released code: two batches of each task a step, their losses summed.
-    "released": {"batches_per_step": 2},
-    # AdaMerging++: the trimmed and sign-elected vectors of TIES, not averaged.
-    "paper++": {"vectors": "ties"},
-    # FusionBench's settings for CLIP.
-    "fusionbench": {"steps": 1000, "clamp": "none"},
-    # WEMoE: the MLPs mixed for every input by small routers, learned by entropy (arXiv 2402.00433).
-    "wemoe": {"route": "wemoe", "steps": 1000, "clamp": "none"},
-    # The same within minutes on a processor: fewer, larger steps, and the experts' predictions as targets.
-    "wemoe_budget": {
-        "route": "wemoe",
-        "lr": 3e-3,
-        **_IN_MINUTES,
-    },
-    # Twin-Merging: a shared model and compressed differences, weighed by input (arXiv 2406.15479).
-    "twin": {
-        "route": "twin",
-        "steps": 300,
-        "schedule": "cosine",
-        "clamp": "none",
-        "held_out": 0.2,
-        "check_every": 100,
-    },
-    # Concrete AdaMerging (arXiv 2312.06173): a mask learned by two-level descent, then the coefficients.
-    "concrete": {"steps": 1000, "clamp": "none", "mask": {}},
-    # AdaRank as published (arXiv 2503.22178), over task arithmetic; over others with start: cart, tsv_m, ...
-    "adarank": {"granularity": "singular", "steps": 10_000, "clamp": "none"},
-    # Layer-wise distillation (arXiv 2502.12706) as a start, and nothing learned on top of it.
-    "prodistill": {"start": "prodistill", **_AS_IT_STARTS},
-    # Representation Surgery (arXiv 2402.02705) over plain task arithmetic.
-    "surgery": {"start": "task_arithmetic", "surgery": {}, **_AS_IT_STARTS},
-    # SyMerge (its authors' released code): coefficients and heads together, from the experts' own labels.
-    "symerge": {"objective": "self_labels", "heads": "learned", "lr": 1e-2, "batch_size": 32},
-}
 
 
 class MaskSettings(BaseModel):
@@ -176,7 +108,11 @@ class AdaptSettings(BaseModel):
         "forward",
         description="Keep coefficients in [0, 1]: when used (paper), after each step, or not at all.",
     )
-    objective: str = Field("entropy", description="What is minimised; see docs for the list.")
+    objective: str = Field(
+        "entropy",
+        description="What is minimised: entropy, filtered_entropy, diverse_entropy, agreement, self_labels, "
+        "supervised, or package.module:name of a function that makes one.",
+    )
     objective_options: dict[str, Any] = Field({}, description="Options of the objective.")
     optimizer: str = Field("Adam", description="Name of a class in torch.optim.")
     optimizer_options: dict[str, Any] = Field(
@@ -221,6 +157,12 @@ class AdaptSettings(BaseModel):
         "recalibrate", description="BatchNorm statistics: re-estimated on the adaptation data, or as merged."
     )
     save_every: int = Field(20, ge=1, description="Steps between saves of the state.")
+    _objective: Objective | None = PrivateAttr(None)
+
+    @property
+    def own_objective(self) -> Objective | None:
+        """The objective, where the caller gave one and no name; records have its name alone."""
+        return self._objective
 
 
 def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings:
@@ -249,6 +191,18 @@ def _routed(settings: AdaptSettings, fields: Mapping[str, Any]) -> AdaptSettings
     return settings.model_copy(update={"granularity": "task", "clamp": "none", "coefficients": None})
 
 
+def _name_of(own: Any) -> str:
+    """The name of an objective that is given as such."""
+    from .objectives import Objective
+
+    if not isinstance(own, Objective):
+        raise UsageError(
+            f"objective must be a name or an adamerging.Objective, got {type(own).__name__}; wrap a function "
+            "of outputs and target: Objective('mine', function)"
+        )
+    return own.name
+
+
 def has_fast_bfloat16(device: str) -> bool:
     """Whether matrix products in bfloat16 run in hardware there."""
     import torch
@@ -262,13 +216,21 @@ def has_fast_bfloat16(device: str) -> bool:
 def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """The settings with unset fields filled from the preset.
 
+    Args:
+        fields: of `AdaptSettings`; the objective may be an `Objective` instead of a name.
+
     Raises:
         UsageError: unknown preset, unknown or unreadable fields, fields that exclude each other.
     """
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
         raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
-    settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset], **fields}, "adapt")
+    own = fields.get("objective")
+    if own is not None and not isinstance(own, str):
+        fields = {**fields, "objective": _name_of(own)}
+    settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset].settings, **fields}, "adapt")
+    if own is not None and not isinstance(own, str):
+        settings._objective = own
     if settings.route is not None:
         settings = _routed(settings, fields)
     stray = [name for name in ("gated", "kept", "gate") if name in fields]

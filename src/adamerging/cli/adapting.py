@@ -143,6 +143,13 @@ def _components(record: Mapping[str, Any]) -> Any:
 def _checks(record: Mapping[str, Any]) -> Any:
     """Entropy and agreement with the expert of each task, at the start and in the state that was kept."""
     start, end = record["start"], record["end"]
+    title = f"Without labels: at the start, and after step {end['step']}"
+    if all("held_out_loss" in first for first in start["check"].values()):  # outputs that are no classes
+        losses = [
+            (task, f"{first['held_out_loss']:.4g}", f"{end['check'][task]['held_out_loss']:.4g}")
+            for task, first in start["check"].items()
+        ]
+        return show.table(title, ["task", f">{record['adapt']['objective']}", ">then"], losses)
     rows = [
         (
             task,
@@ -153,7 +160,6 @@ def _checks(record: Mapping[str, Any]) -> Any:
         for task, first in start["check"].items()
     ]
     columns = ["task", ">entropy", ">then"]
-    title = f"Without labels: at the start, and after step {end['step']}"
     if rows and len(rows[0]) == 5:
         columns += [">agrees with expert", ">then"]
     return show.table(title, columns, rows)

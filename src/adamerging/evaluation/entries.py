@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..adaptation.settings import PRESETS, AdaptSettings, resolve
+from ..adaptation.presets import PRESETS
+from ..adaptation.settings import AdaptSettings, resolve
 from ..errors import UsageError
 from ..methods import chain, make_method, methods
 from ..methods.stage import Method

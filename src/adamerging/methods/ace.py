@@ -17,7 +17,11 @@ _HETEROGENEOUS = 0.3
 """Above this spread of the task vectors' norms, covariances are normalised and the result is refined."""
 
 
-@register("ace", paper="Xu et al., ACE-Merging, 2026, arXiv 2603.02945")
+@register(
+    "ace",
+    paper="Xu et al., ACE-Merging, 2026, arXiv 2603.02945",
+    cost="of each matrix a product for each expert and a factorisation",
+)
 def ace(
     epsilon: Annotated[float, Field(gt=0)] = 1e-5,
     refine: Annotated[float, Field(gt=0, le=1)] = 0.3,

@@ -14,7 +14,11 @@ from .signs import disjoint, elect
 from .stage import Chunk, Method, Stage, Stream
 
 
-@register("breadcrumbs", paper="Davari and Belilovsky, Model Breadcrumbs, 2024, arXiv 2312.06795")
+@register(
+    "breadcrumbs",
+    paper="Davari and Belilovsky, Model Breadcrumbs, 2024, arXiv 2312.06795",
+    cost="three passes",
+)
 def breadcrumbs(
     density: Fraction = 0.14,
     outliers: Fraction = 0.01,

@@ -16,7 +16,11 @@ from .spectral import changing_matrices, leading
 from .stage import Chunk, Method
 
 
-@register("cart", paper="Choi et al., Revisiting Weight Averaging for Model Merging, 2024, arXiv 2412.12153")
+@register(
+    "cart",
+    paper="Choi et al., Revisiting Weight Averaging for Model Merging, 2024, arXiv 2412.12153",
+    cost="of each matrix a decomposition for each expert",
+)
 def cart(
     rank: Annotated[float, Field(gt=0, le=1)] = 0.08,
     strength: Number = 2.3,

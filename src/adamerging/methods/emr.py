@@ -10,7 +10,13 @@ from .registry import register
 from .stage import Chunk, Masks, Method, Stage
 
 
-@register("emr", paper="Huang et al., EMR-Merging, 2024, arXiv 2405.17461")
+@register(
+    "emr",
+    paper="Huang et al., EMR-Merging, 2024, arXiv 2405.17461",
+    needs="the task's name at inference",
+    leaves="a model for each task: one vector, and a bit a value for each",
+    cost="two passes",
+)
 def emr(rescale: Literal["model", "tensor"] = "model") -> Method:
     """Elect a sign and the largest value, and keep a bit a value for each task: needs the task's name.
 

@@ -16,6 +16,8 @@ from .stage import Chunk, Method, Stage, Statistics, Stream
 @register(
     "fisher",
     paper="Matena and Raffel, Merging Models with Fisher-Weighted Averaging, 2022, arXiv 2111.09832",
+    needs="unlabeled data of every task",
+    cost="a forward and a backward pass for each input, and two passes over the weights",
 )
 def fisher(
     samples: Annotated[int, Field(ge=1)] = 256,

@@ -11,7 +11,11 @@ from .spectral import merging_matrices
 from .stage import Chunk, Method
 
 
-@register("iso_c", paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959")
+@register(
+    "iso_c",
+    paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959",
+    cost="a decomposition of each matrix",
+)
 def iso_c(as_vectors: list[str] | None = None) -> Method:
     """Sum the task vectors and give every singular direction of the sum the same, mean, strength.
 

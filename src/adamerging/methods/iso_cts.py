@@ -16,7 +16,11 @@ from .spectral import leading, merging_matrices, orthogonalise
 from .stage import Chunk, Method
 
 
-@register("iso_cts", paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959")
+@register(
+    "iso_cts",
+    paper="Marczak et al., No Task Left Behind, 2025, arXiv 2502.04959",
+    cost="of each matrix a decomposition for each expert and one for the sum",
+)
 def iso_cts(common: Annotated[float, Field(ge=0, le=1)] = 0.8, as_vectors: list[str] | None = None) -> Method:
     """Iso-C, with the weakest common directions replaced by the strongest that each task has of its own.
 

@@ -14,7 +14,11 @@ from .registry import register
 from .stage import Method, Stream
 
 
-@register("karcher", paper="Karcher, Riemannian center of mass, 1977; for merging: arXiv 2603.04972")
+@register(
+    "karcher",
+    paper="Karcher, Riemannian center of mass, 1977; for merging: arXiv 2603.04972",
+    cost="two passes",
+)
 def karcher(
     of: Of = "weights",
     iterations: Annotated[int, Field(ge=1)] = 100,

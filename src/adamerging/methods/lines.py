@@ -9,7 +9,11 @@ from .registry import register
 from .stage import Chunk, Method, Stage, Stream
 
 
-@register("lines", paper="Wang et al., LiNeS, 2025, arXiv 2410.17146")
+@register(
+    "lines",
+    paper="Wang et al., LiNeS, 2025, arXiv 2410.17146",
+    cost="two passes",
+)
 def lines(beta: Number = 0.5, alpha: Number | None = None) -> Method:
     """Scale the sum of the task vectors by α + β · depth: shallow blocks keep close to the base.
 

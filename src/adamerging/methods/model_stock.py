@@ -13,7 +13,11 @@ from .registry import register
 from .stage import Chunk, Method, Stage, Stream
 
 
-@register("model_stock", paper="Jang et al., Model Stock, 2024, arXiv 2403.19522")
+@register(
+    "model_stock",
+    paper="Jang et al., Model Stock, 2024, arXiv 2403.19522",
+    cost="two passes",
+)
 def model_stock(
     granularity: Literal["tensor", "row"] = "tensor",
     angle: Literal["cosine", "angle"] = "cosine",

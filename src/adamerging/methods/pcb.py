@@ -21,7 +21,11 @@ _Ratio = Annotated[float, Field(gt=0, le=1)]
 _Tail = Annotated[float, Field(ge=0, lt=0.5)]
 
 
-@register("pcb", paper="Du et al., Parameter Competition Balancing (PCB-Merging), 2024, arXiv 2410.02396")
+@register(
+    "pcb",
+    paper="Du et al., Parameter Competition Balancing (PCB-Merging), 2024, arXiv 2410.02396",
+    cost="seven passes",
+)
 def pcb(density: _Ratio = 0.1, outliers: _Tail = 0.0001) -> Method:
     """Score every value of a task vector, keep the best, and average them with their scores as weights.
 

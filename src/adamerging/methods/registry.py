@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from ..adaptation.settings import PRESETS
+from ..adaptation.presets import PRESETS
 from ..errors import UsageError
 from .stage import Method
 
@@ -27,6 +27,9 @@ class Registration:
         summary: the first line of the factory's docstring.
         paper: citation, empty where there is none.
         options: name → (type as written, default).
+        needs: what it needs beside base and experts.
+        leaves: what comes out.
+        cost: what it takes.
     """
 
     name: str
@@ -34,13 +37,22 @@ class Registration:
     summary: str
     paper: str
     options: Mapping[str, tuple[str, Any]]
+    needs: str
+    leaves: str
+    cost: str
 
 
 _METHODS: dict[str, Registration] = {}
 
 
-def register(name: str, *, paper: str = "") -> Callable[[Factory], Factory]:
-    """Register a factory under ``name``; its keyword arguments are the method's options."""
+def register(
+    name: str, *, paper: str = "", needs: str = "nothing", leaves: str = "one model", cost: str = "one pass"
+) -> Callable[[Factory], Factory]:
+    """Register a factory under ``name``; its keyword arguments are the method's options.
+
+    What else is said here is told by `adamerging methods`, and the contract suite holds the method to it: see
+    `Registration`. A pass is a reading of base and experts.
+    """
 
     def decorate(factory: Factory) -> Factory:
         if name in _METHODS:
@@ -51,7 +63,7 @@ def register(name: str, *, paper: str = "") -> Callable[[Factory], Factory]:
         }
         summary = (inspect.getdoc(factory) or "").split("\n")[0]
         checked = validate_call(config=ConfigDict(strict=True))(factory)
-        _METHODS[name] = Registration(name, checked, summary, paper, options)
+        _METHODS[name] = Registration(name, checked, summary, paper, options, needs, leaves, cost)
         return factory
 
     return decorate

@@ -21,6 +21,8 @@ from .stage import Chunk, Method, Stage, Statistics
 @register(
     "regmean",
     paper="Jin et al., Dataless Knowledge Fusion by Merging Weights, 2023, arXiv 2212.09849",
+    needs="unlabeled data of every task",
+    cost="a forward pass over the inputs, and a Gram matrix for each expert and map",
 )
 def regmean(
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95,

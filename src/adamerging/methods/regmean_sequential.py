@@ -11,7 +11,12 @@ from .regmean import regression
 from .stage import Method, Statistics
 
 
-@register("regmean++", paper="Nguyen et al., RegMean++, 2025, arXiv 2508.03121")
+@register(
+    "regmean++",
+    paper="Nguyen et al., RegMean++, 2025, arXiv 2508.03121",
+    needs="unlabeled data of every task",
+    cost="with B blocks about B/2 times the forward passes of regmean",
+)
 def regmean_sequential(
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95,
     samples: Annotated[int, Field(ge=1)] = 256,

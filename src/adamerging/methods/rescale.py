@@ -16,7 +16,11 @@ _NEARLY_ZERO = 1e-7
 Norm = Literal["l1", "l2"]
 
 
-@register("rescale", paper="after Yu et al., Language models are Super Mario, 2024, arXiv 2311.03099")
+@register(
+    "rescale",
+    paper="after Yu et al., Language models are Super Mario, 2024, arXiv 2311.03099",
+    cost="two passes",
+)
 def rescale(norm: Norm = "l1") -> Method:
     """Scale each tensor of each task vector to the norm it was read with; for chains that drop values.
 

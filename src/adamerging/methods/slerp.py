@@ -14,7 +14,11 @@ from .stage import Method, Stream
 _NEARLY_PARALLEL = 0.9995
 
 
-@register("slerp", paper="Shoemake, Animating rotation with quaternion curves, 1985")
+@register(
+    "slerp",
+    paper="Shoemake, Animating rotation with quaternion curves, 1985",
+    cost="two passes",
+)
 def slerp(t: Fraction = 0.5, of: Of = "weights") -> Method:
     """Move along the arc from the first expert (t = 0) to the second (t = 1), tensor by tensor.
 

@@ -11,7 +11,13 @@ from .registry import register
 from .stage import Chunk, Masks, Method
 
 
-@register("tall_masks", paper="Wang et al., Localizing task information (TALL masks), 2024, arXiv 2405.07813")
+@register(
+    "tall_masks",
+    paper="Wang et al., Localizing task information (TALL masks), 2024, arXiv 2405.07813",
+    needs="the task's name at inference",
+    leaves="a model for each task: one vector, and a bit a value for each",
+    cost="two passes",
+)
 def tall_masks(threshold: NotNegative = 0.4) -> Method:
     """Keep the sum of the task vectors and a bit a value for each task: needs the task's name at inference.
 

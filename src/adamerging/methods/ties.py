@@ -14,7 +14,11 @@ from .signs import Reduction, ZeroSign, default_scale, disjoint, elect
 from .stage import Chunk, Method, Stage, Stream
 
 
-@register("ties", paper="Yadav et al., TIES-Merging, 2023, arXiv 2306.01708")
+@register(
+    "ties",
+    paper="Yadav et al., TIES-Merging, 2023, arXiv 2306.01708",
+    cost="two passes",
+)
 def ties(
     density: Fraction = 0.2,
     scope: Literal["model", "tensor"] = "model",

@@ -13,7 +13,11 @@ from .spectral import changing_matrices, leading, orthogonalise
 from .stage import Chunk, Method
 
 
-@register("tsv_m", paper="Gargiulo et al., Task Singular Vectors, 2025, arXiv 2412.00081")
+@register(
+    "tsv_m",
+    paper="Gargiulo et al., Task Singular Vectors, 2025, arXiv 2412.00081",
+    cost="of each matrix a decomposition for each expert",
+)
 def tsv_m(as_vectors: list[str] | None = None) -> Method:
     """Give each task an equal share of every matrix's rank, decorrelate the shares, and add them.
 

@@ -18,7 +18,11 @@ from .spectral import changing_matrices, mean_shares, merging_matrices
 from .stage import Chunk, Method
 
 
-@register("wudi", paper="Cheng et al., Whoever Started the Interference, 2025, arXiv 2503.08099")
+@register(
+    "wudi",
+    paper="Cheng et al., Whoever Started the Interference, 2025, arXiv 2503.08099",
+    cost="of each matrix a product for each expert and a factorisation",
+)
 def wudi(
     matrices: Literal["blocks", "all"] = "blocks",
     others: Literal["base", "mean"] | None = None,
