@@ -23,10 +23,11 @@ from adamerging.suites.files import MAIN, Suite, comparison, load_suite, names
 HEAD = """# Results
 
 Made from records by `python benchmarks/results.py`; every section names the command that makes its records,
-see [Suites](suites.md). Accuracies are in percent. *Of experts* is the mean over the tasks of accuracy by
-that of the task's own expert, *95 %* its bootstrap interval over the test data, ± the standard deviation
-over seeds. *Unseen* is the mean over tasks that no expert saw, under a linear head fitted once on the base's
-features. *Time* is that to merge or learn, and *memory* the most that the process has had to itself by then.
+see [Suites](suites.md). Accuracies are in percent. *Of experts* is the mean over the tasks of accuracy
+divided by that of the task's own expert, *95 %* its bootstrap interval over the test data, ± the standard
+deviation over seeds. *Unseen* is the mean over tasks that no expert saw, under a linear head fitted once on
+the base's features. *Time* is that to merge or learn, and *memory* the most that the process has had to
+itself by then.
 
 Settings without a mark were chosen without labels of any kind, and coefficients learned on unlabeled inputs.
 Marks: [v] the best of several settings by labels of `val`; [o] by those of `test`, a bound and no result;

@@ -56,7 +56,7 @@ def facts(run: Run, command: str) -> str:
             f"`{command}`: {len(about.experts)} experts on {samples} ({sum(scored.values())} samples of "
             f"{len(seen)} tasks), {_seeds(seeds)}. {learned}",
             *missing,
-            f"adamerging {about.adamerging}" + (f", {versions}." if versions else "."),
+            f"{versions or f'adamerging {about.adamerging}'}.",
         ]
     )
 
