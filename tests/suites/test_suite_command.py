@@ -140,7 +140,7 @@ def test_other_data_and_missing_data_are_named_all_at_once(cli: Cli, data: Path,
         (["toy", "--data", ".", "--stage", "none"], "finetune"),
         (
             ["toy", "--data", ".", "--table", "none"],
-            "no table none; it has main, transductive, few, and all",
+            "no table none; it has main, few, transductive, and all",
         ),
         (
             ["toy", "--data", ".", "--table", "few", "--stage", "merge"],
@@ -198,7 +198,7 @@ def test_a_dry_run_lists_the_tables(cli: Cli, data: Path, tmp_path: Path) -> Non
     words = ["suite", "toy", "--data", data, "--out", tmp_path / "out", "--dry-run", "--json"]
     listed = json.loads(cli(*words, "--table", "all").out)["tables"]
     assert [(each["name"], each["methods"], each["limit"]) for each in listed] == [
-        ("main", 2, None), ("transductive", 2, 5), ("few", 1, 3),
+        ("main", 2, None), ("few", 1, 3), ("transductive", 2, 5),
     ]  # fmt: skip
     assert [each["name"] for each in json.loads(cli(*words).out)["tables"]] == ["main"]
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,158 @@
+"""docs/results.md from records that are made up: what a page shows, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import results
+
+from adamerging.finetuning.record import RECORD
+
+TASKS = ["colours", "sizes"]
+
+
+def score(task: str, accuracy: float, **fields: Any) -> dict[str, Any]:
+    ends = {"accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
+    rest = {"macro_f1": accuracy, "ece": 0.0, "nll": 0.5, "entropy": 0.5}
+    return {"task": task, "samples": 50, "accuracy": accuracy, **ends, **rest, **fields}
+
+
+def row(label: str, kind: str, accuracy: float, *scores: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    tasks = fields.get("experts") if kind == "expert" else TASKS
+    clean = [score(task, accuracy, normalised=accuracy / 0.8) for task in tasks or TASKS]
+    return {"label": label, "kind": kind, "scores": [*clean, *scores], **fields}
+
+
+def corrupted(accuracy: float) -> list[dict[str, Any]]:
+    return [score("colours", accuracy, condition=f"{name}:3") for name in ("blur", "noise")]
+
+
+def checks(*kls: float) -> list[dict[str, Any]]:
+    return [
+        {"step": 20 * n, "kl": kl, "agreement": 0.5, "check": {task: {"entropy": 0.25} for task in TASKS}}
+        for n, kl in enumerate(kls)
+    ]
+
+
+def write(folder: Path, rows: list[dict[str, Any]], planned: int | None = None, **settings: Any) -> None:
+    (folder / "rows").mkdir(parents=True)
+    for number, each in enumerate(rows):
+        (folder / "rows" / f"{number}.json").write_text(json.dumps(each))
+    run = {
+        "title": "toys", "adamerging": "0.1.0", "created": "2026-01-01", "base": "base",
+        "experts": {task: task for task in TASKS}, "planned": planned or len(rows),
+        "order": [str(number) for number in range(planned or len(rows))],
+        "tasks": [{"name": task, "evaluate_samples": 90} for task in TASKS],
+        "settings": {"limit": 50, "seeds": [0, 1], "recipe": {}, **settings},
+    }  # fmt: skip
+    (folder / "comparison.json").write_text(json.dumps(run))
+
+
+def train(folder: Path, accuracy: float, learned: int, frozen: int, **settings: Any) -> None:
+    folder.mkdir(parents=True)
+    record = {
+        "test_accuracy": accuracy, "val_accuracy": accuracy, "seconds": 30.0, "trained_parameters": learned,
+        "frozen_parameters": frozen, "settings": settings, "machine": {"threads": 1},
+    }  # fmt: skip
+    (folder / RECORD).write_text(json.dumps(record))
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A suite's folder with something of everything."""
+    folder = tmp_path / "toys"
+    experts = [row(f"expert: {task}", "expert", 0.8, experts=[task]) for task in TASKS]
+    unseen = score("shapes", 0.6, unseen=True)
+    learned = [
+        row("recommended", "learned", 0.7 + 0.04 * seed, unseen, seed=seed, seconds=12.0, memory=9 * 10**8,
+            parameters=1200, settings={"adapt": {"held_out": 0.2}}, history=checks(0.9, 0.4))
+        for seed in (0, 1)
+    ]  # fmt: skip
+    failed = {"label": "slerp", "kind": "static", "failed": "exactly 2 experts | no more"}
+    best = row("swept", "static", 0.6, unseen, chosen_on="val")
+    write(folder / "compare", [row("base", "base", 0.4, unseen), *experts, best, failed, *learned], 9)
+    left: dict[str, Any] = {"label": "ties", "kind": "static", "group": "leave out: sizes"}
+    left["scores"] = [score("colours", 0.5), score("sizes", 0.3, unseen=True)]
+    write(folder / "compare-unseen", [row("base", "base", 0.4), left])
+    shifted = [row("base", "base", 0.4, *corrupted(0.2)), row("ties", "static", 0.6, *corrupted(0.5))]
+    write(folder / "compare-shift", shifted)
+    write(
+        folder / "compare-transductive",
+        [row("AdaMerging", "learned", 0.7, transductive=True)],
+        recipe={"transductive": True},
+    )
+    for task, head in zip(TASKS, (10, 20), strict=True):
+        train(folder / task, 0.8, 500 + head, 500)
+        train(folder / "multitask" / task, 0.75, 500 + head, 500)
+        train(folder / "baselines" / "probe" / task, 0.5, head, 1000, freeze=["*"])
+        for penalty, opened in ((0.1, 3), (0.5, 1)):
+            place = folder / "shared.tasks" / task / f"penalty-{penalty:g}"
+            train(place, 0.7 + opened / 100, 600, 400)
+            figures = {"open": opened, "layers": 4, "parameters": {"layers": 100 * opened, "head": head}}
+            (place / "gates.json").write_text(json.dumps(figures))
+    return folder
+
+
+def parts(text: str) -> dict[str, str]:
+    """The page's sections by heading."""
+    return {part.partition("\n")[0]: part for part in text.split("\n### ")}
+
+
+def test_every_record_has_its_place(suite: Path) -> None:
+    found = parts(results.section(suite, "Two cores."))
+    assert list(found)[1:] == ["Training", "Sharing layers", "Methods", "Shift", "Transductive", "Unseen"]
+    training = found["Training"]
+    assert "| mean | 80.0 | 75.0 | 50.0 |" in training
+    # 1000 shared, of which a task changes 500, and heads of 10 and 20; the heads alone; the same.
+    assert "| parameters | 2.03 | 1.03 | 1.03 |" in training
+    assert "| shared, penalty 0.1 | 73.0 | 1.63 | 75.0 | 2 of 2 |" in found["Sharing layers"]
+    assert "| multitask | 75.0 | 1.03 |" in found["Sharing layers"]
+    methods = found["Methods"]
+    assert "first 50 test samples of each task (100 samples of 2 tasks), seeds 0, 1. Inductive" in methods
+    assert "**Unfinished: 2 of 9 rows are missing.**" in methods
+    assert "| recommended | 72.0 ±2.8 | 90.0 ±3.5 |" in methods and "| 60.0 | 900 MB | 1.2 k |" in methods
+    assert "| swept [v] |" in methods and "failed: slerp: exactly 2 experts \\| no more" in methods
+    assert "| 20 | 0.400 | 50.0 | 0.250 |" in methods and "recommended: on held-out inputs." in methods
+    assert "| ties | 60.0 | 50.0 | 50.0 | 50.0 |" in found["Shift"] and "Severity 3 of 5." in found["Shift"]
+    assert "**Transductive**" in found["Transductive"] and "| AdaMerging [t] |" in found["Transductive"]
+    assert "Leave out: sizes:" in found["Unseen"] and "| ties | 50.0 | 30.0 | 30.0 |" in found["Unseen"]
+    assert (
+        "--stage compare --table unseen" in found["Unseen"]
+        and "Two cores." in found["toys" if "toys" in found else next(iter(found))]
+    )
+
+
+def test_what_has_no_records_is_left_out(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert results.section(tmp_path / "empty") == ""
+    for task in TASKS:
+        (suite / "shared.tasks" / task / "penalty-0.5" / RECORD).unlink()
+        (suite / "baselines" / "probe" / task / RECORD).unlink()
+    (suite / "multitask" / "sizes" / RECORD).unlink()
+    found = parts(results.section(suite))
+    assert "penalty 0.5" not in found["Sharing layers"] and "probe" not in found["Training"]
+    assert "| sizes | 80.0 | - |" in found["Training"] and "| mean | 80.0 | - |" in found["Training"]
+
+
+def test_keep_replaces_the_sections_of_the_suites_given(suite: Path, tmp_path: Path) -> None:
+    other = suite.rename(tmp_path / "others")
+    page = tmp_path / "results.md"
+    results.main([str(other), "--out", str(page), "--note", "First."])
+    (tmp_path / "toys").mkdir()
+    write(tmp_path / "toys" / "compare", [row("base", "base", 0.4)])
+    results.main([str(tmp_path / "toys"), "--out", str(page), "--keep", "--note", "Second."])
+    text = page.read_text()
+    assert text.count("# Results\n") == 1 and text.index("## others") < text.index("## toys")
+    assert "First." in text and "Second." in text
+    results.main([str(other), "--out", str(page), "--keep", "--note", "Third."])
+    text = page.read_text()
+    assert "First." not in text and "Second." in text and text.index("## others") < text.index("## toys")
+    results.main([str(other), "--out", str(page)])
+    assert "## toys" not in page.read_text()
