@@ -5,8 +5,8 @@
 
 Both models live in one process and take turns, step by step, so that whatever else the machine does slows
 down both. Printed are the medians of a step and of the ratio of neighbours. Both use the training of
-`adamerging finetune`: the same batches, AdamW over the same parameters (the gated model's changes in place of
-the weights), clipping, and float32 unless --bf16.
+`adamerging finetune`: the same batches, AdamW over the same number of parameters,
+clipping, and float32 unless --bf16.
 """
 
 from __future__ import annotations

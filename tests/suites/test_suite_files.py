@@ -13,7 +13,7 @@ from adamerging.evaluation.unseen import unseen_spec
 from adamerging.finetuning import FinetuneRecipe, load_finetune_recipe
 from adamerging.methods import methods
 from adamerging.recipe import Recipe, load_recipe, make
-from adamerging.sharing import ShareRecipe
+from adamerging.sharing import ShareRecipe, load_share_recipe
 from adamerging.suites.files import fill, load_suite, names
 
 
@@ -40,6 +40,7 @@ def test_every_section_is_valid(suite, tmp_path: Path) -> None:
         assert Path(finetune.base).exists()
         for task, expert in merge.experts.items():
             assert Path(expert.path) == Path(finetune.out) / task
+    assert (filled.share is not None) == (suite.title in ("text8", "vision8"))
     if filled.share is not None:
         share = make(ShareRecipe, filled.share, "share")
         assert share.tasks == finetune.tasks and share.settings == finetune.settings
@@ -84,6 +85,8 @@ def test_the_written_recipes_load_as_they_are(suite, tmp_path: Path) -> None:
         tmp_path
     )
 
+    if suite.share is not None:
+        assert list(load_share_recipe(paths["share"]).tasks) == suite.data.tasks[:2]
     if suite.finetune is None:
         assert "finetune" not in paths
     else:

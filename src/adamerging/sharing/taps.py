@@ -17,32 +17,34 @@ class _Gated(torch.autograd.Function):
     """The weight of a gated layer, with the straight-through gradient of its score."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, delta: Tensor, score: Tensor, threshold: float) -> Tensor:
+    def forward(ctx: Any, base: Tensor, own: Tensor, score: Tensor, threshold: float) -> Tensor:
         ctx.open = bool(score >= threshold)
-        ctx.save_for_backward(delta)
-        return base + delta if ctx.open else base.view_as(base)
+        ctx.save_for_backward(base, own)
+        return own.view_as(own) if ctx.open else base.view_as(base)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        (delta,), grad = ctx.saved_tensors, gradients[0]
-        _, wants_delta, wants_score, _ = ctx.needs_input_grad
-        # A closed layer's change gets no gradient at all, so no momentum moves it either; its score does.
-        inner = torch.dot(grad.reshape(-1), delta.reshape(-1)) if wants_score else None
-        return None, grad if wants_delta and ctx.open else None, inner, None
+        (base, own), grad = ctx.saved_tensors, gradients[0]
+        _, wants_own, wants_score, _ = ctx.needs_input_grad
+        # A closed layer's weight gets no gradient at all, so no momentum moves it either; its score does.
+        inner = torch.dot(grad.reshape(-1), (own - base).reshape(-1)) if wants_score else None
+        return None, grad if wants_own and ctx.open else None, inner, None
 
 
 class Gate(nn.Module):
     """The parametrisation of one tensor.
 
+    What learns is the weight itself and not δ: steps, decay and rounding are then those of fine-tuning.
+
     Attributes:
-        delta: the change, in the tensor's shape; starts at zero.
+        own: the task's base + δ, in the tensor's shape; starts as the base.
         score: scalar, which several gates may share.
         threshold: the change counts where the score reaches it.
     """
 
     def __init__(self, like: Tensor, score: nn.Parameter, threshold: float) -> None:
         super().__init__()
-        self.delta = nn.Parameter(torch.zeros_like(like))
+        self.own = nn.Parameter(like.detach().clone())
         self.score = score
         self.threshold = threshold
 
@@ -52,8 +54,8 @@ class Gate(nn.Module):
         return bool(self.score.detach() >= self.threshold)
 
     def forward(self, base: Tensor) -> Tensor:
-        """Base → base + 1[score ≥ τ]·δ. Gradients: of δ that of the weight, of the score ⟨gradient, δ⟩."""
-        gated: Tensor = _Gated.apply(base, self.delta, self.score, self.threshold)  # type: ignore[no-untyped-call]
+        """Base → base + 1[score ≥ τ]·δ. Gradients: of `own` that of the weight, of the score ⟨that, δ⟩."""
+        gated: Tensor = _Gated.apply(base, self.own, self.score, self.threshold)  # type: ignore[no-untyped-call]
         return gated
 
 
@@ -91,7 +93,7 @@ class Gates:
         self._scores: list[Tensor] = [self._gates[layer.weight].score for layer in layers]
         rate = settings.score_lr or 1 / max(1, steps)
         self.rates: Mapping[str, float] = {names[id(score)]: rate for score in self._scores}
-        sizes = torch.tensor([float(self._gates[layer.weight].delta.numel()) for layer in layers])
+        sizes = torch.tensor([float(self._gates[layer.weight].own.numel()) for layer in layers])
         equal = torch.full_like(sizes, 1 / len(sizes))
         self._sizes = sizes
         self._weights = equal if settings.count == "layers" else sizes / sizes.sum()
@@ -122,7 +124,7 @@ class Gates:
     def deltas(self) -> dict[str, Tensor]:
         """The changes of the open layers, on the CPU in float32, by the weight's name."""
         names = [layer.weight for layer in self.layers if self._gates[layer.weight].open]
-        return {name: self._gates[name].delta.detach().float().cpu().contiguous() for name in names}
+        return {name: self._change(name).float().cpu().contiguous() for name in names}
 
     def gated(self) -> dict[str, bool]:
         """Whether the gate is open, by the name of every tensor that has one, statistics too."""
@@ -143,6 +145,11 @@ class Gates:
             owner, _, leaf = name.rpartition(".")
             parametrize.remove_parametrizations(self.module.get_submodule(owner), leaf)
         return self.module
+
+    def _change(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        parametrised: Any = self.module.get_submodule(owner).parametrizations
+        return self._gates[name].own.detach() - parametrised[leaf].original.detach()
 
     def _are_open(self) -> list[bool]:
         return [self._gates[layer.weight].open for layer in self.layers]
@@ -189,12 +196,12 @@ def gate_layers(
     """Give every linear, convolution and embedding map of a model a gate.
 
     The module is changed in place, as parametrisations do: it computes what it did, its weights are frozen,
-    and each gated layer has a change δ (zero at first) and a score that learn. Biases and norms go on
-    learning as they did, or follow a gate (`TapsSettings.small`). `Gates.unwrap` makes it an ordinary module
-    again.
+    and each gated layer has a weight of its own (the base's at first) and a score that learn. Biases and
+    norms go on learning as they did, or follow a gate (`TapsSettings.small`). `Gates.unwrap` makes it an
+    ordinary module again.
 
     At the first step δ = 0, so the score has no gradient but the penalty's. At penalty 0 the scores stand
-    still: every layer stays open, which is fine-tuning kept as changes.
+    still: every layer stays open, which is fine-tuning, step by step.
 
     Args:
         module: any module; parameters that do not require gradients stay as they are.
