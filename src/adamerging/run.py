@@ -471,6 +471,15 @@ def _check_ties(vectors: TaskVectors) -> None:
         )
 
 
+def idle_warnings(vectors: TaskVectors) -> list[str]:
+    """Sentences about experts that changed nothing of what is merged while others did (after a full read)."""
+    idle = [task for task, names in vectors.changed.items() if not names]
+    if len(idle) == len(vectors.changed):
+        return []
+    said = "is identical to the base in every merged tensor: it adds nothing"
+    return [f"expert '{task}' {said}" for task in idle]
+
+
 def statistics_warning(plan: Plan) -> list[str]:
     """One sentence where the merged model has BatchNorm statistics that are not its own."""
     if not plan.with_treatment("averaged"):
@@ -531,7 +540,7 @@ def run_record(
         "config": vectors.base.config is not None,
         "plan": {**prepared.plan.summary(), "notes": list(prepared.plan.notes)},
         "unchanged": list(vectors.unchanged()),
-        "warnings": statistics_warning(prepared.plan),
+        "warnings": [*idle_warnings(vectors), *statistics_warning(prepared.plan)],
         "relatedness": {
             task: found.cosine for task, found in prepared.relatedness.items() if found.cosine == found.cosine
         },

@@ -46,6 +46,23 @@ def test_matrices_follow_the_paper(name, reference, count, shape):
     torch.testing.assert_close(merged["w"], wanted, rtol=0, atol=1e-8)
 
 
+def test_tsv_m_keeps_the_singular_values_of_every_share():
+    """Shares side by side are orthonormal, so what was strong in a task is as strong in the merge."""
+    base, weights = experts(3, (15, 24))
+    merged = merge({"w": base}, {f"t{i}": {"w": w} for i, w in enumerate(weights)}, make_method("tsv_m"))
+    kept = torch.cat([torch.linalg.svdvals(w - base)[:5] for w in weights])
+    found = torch.linalg.svdvals(merged["w"] - base)
+    torch.testing.assert_close(found, kept.sort(descending=True).values, rtol=0, atol=1e-9)
+
+
+def test_the_spectrum_of_iso_c_is_flat():
+    base, weights = experts(3, (15, 24))
+    merged = merge({"w": base}, {f"t{i}": {"w": w} for i, w in enumerate(weights)}, make_method("iso_c"))
+    mean = torch.linalg.svdvals(sum(w - base for w in weights)).mean()
+    found = torch.linalg.svdvals(merged["w"] - base)
+    torch.testing.assert_close(found, mean.expand(15), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["tsv_m", "iso_c"])
 def test_vectors_and_named_matrices_are_averaged(name):
     base = {"bias": torch.randn(5), "text_projection": torch.randn(4, 4), "row": torch.randn(1, 6)}

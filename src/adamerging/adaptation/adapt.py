@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..recipe import Recipe, Settings
-from ..run import Prepared, check_out, prepare, prepare_recipe, run_record, statistics_warning
+from ..run import Prepared, check_out, idle_warnings, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
 from ..surgery import Operation
 from ..tasks.data import refuse_overlap
@@ -363,6 +363,7 @@ def chosen_step(session: Session, state: State) -> int:
 def run_warnings(session: Session, state: State, applied: Tensor) -> list[str]:
     """What a reader of the result should know."""
     return [
+        *idle_warnings(session.prepared.vectors),
         *(statistics_warning(session.prepared.plan) if session.settings.batchnorm == "keep" else []),
         *unused(session.parametrisation.coefficients(applied), session.where),
         *warnings_of(state.history, chosen_step(session, state)),

@@ -17,6 +17,7 @@ from ..run import (
     Progress,
     check_out,
     execute,
+    idle_warnings,
     run_record,
     statistics_warning,
 )
@@ -175,5 +176,5 @@ def _merge(
         models = {"base": lambda: body.load_base(vectors), "average": average, "merged": fill}
         scores = score(modules, body, vectors, models, say)
     extra: dict[str, Any] = {"statistics": "re-estimated on the tasks' data"} if estimated else {}
-    extra["warnings"] = [] if estimated else statistics_warning(prepared.plan)
+    extra["warnings"] = idle_warnings(vectors) + ([] if estimated else statistics_warning(prepared.plan))
     return body, extra | ({"scores": scores.as_dict()} if scores is not None else {})

@@ -81,9 +81,10 @@ def _show(result: AdaptResult, as_json: bool) -> None:
         show.print_json({**record, "out": str(out), "bytes": nbytes})
         return
     console = show.console()
+    many = f"{len(record['experts'])} expert{'s' if len(record['experts']) > 1 else ''}"
     said = "".join(f", {name}" for name in ("labelled", "transductive") if record[name])
     console.print(
-        f"Learned {what_of(record)} for {len(record['experts'])} experts by {_by(record)}{said}, and merged "
+        f"Learned {what_of(record)} for {many} by {_by(record)}{said}, and merged "
         f"into {out}: {show.size(nbytes)} in {show.duration(record['seconds'])}.",
         soft_wrap=True,
     )

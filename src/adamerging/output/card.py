@@ -32,12 +32,13 @@ def model_card(record: Mapping[str, Any]) -> str:
     named = {"base": _name(record["base"]), "experts": {t: _name(s) for t, s in record["experts"].items()}}
     recipe = yaml.safe_dump({**record["recipe"], **named}, sort_keys=False, allow_unicode=True)
     note = _data_note(record)
+    many = f"{len(record['experts'])} expert{'s' if len(record['experts']) > 1 else ''}"
     return f"""---
 {front}---
 
 # Merged model
 
-{len(record["experts"])} experts merged into one model with the method `{record["method"]}`
+{many} merged into one model with the method `{record["method"]}`
 by [adamerging](https://pypi.org/project/adamerging/) {record["versions"]["adamerging"]}.
 
 Base: `{_name(record["base"])}`

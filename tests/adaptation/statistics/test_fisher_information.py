@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from adamerging.adaptation.statistics.fisher import fisher_of
 from adamerging.errors import UsageError
 from adamerging.recipe import Settings
 from adamerging.run import prepare
+from adamerging.tasks import Samples, Task
 from adaptation.toy import make_experts, make_task
 
 
@@ -49,6 +52,33 @@ def test_the_expectation_over_labels(opened):
     for name in names:
         torch.testing.assert_close(found[name], wanted[name], msg=name)
     assert not any(tensor.requires_grad or tensor.grad is not None for tensor in body.tensors.values())
+
+
+def test_of_a_softmax_it_is_known_in_closed_form():
+    """For logits Wx + b it is mean p_c (1 − p_c) of b_c, and that times x_j² of W_cj."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(4, 3).double()
+    expert = copy.deepcopy(base)
+    with torch.no_grad():
+        expert.weight.add_(0.3)
+    inputs = torch.randn(6, 4).double()
+    prepared = prepare(base, {"task0": expert}, Settings(method="average", heads=[]))
+    task = Task(
+        "task0",
+        skeleton=lambda _, __: copy.deepcopy(expert),
+        forward=lambda module, batch: module(batch["x"]),
+        collate=lambda rows: {"x": torch.stack(list(rows))},
+        adapt=Samples(list(inputs), None, "task0", "0"),
+    )
+    body = Body(prepared.vectors, torch.device("cpu"))
+    module = body.attach("task0", task.skeleton(None, None))
+    body.load_expert(prepared.vectors, "task0")
+    samples = range(len(inputs))
+    found = fisher_of(task, module, body, ["weight", "bias"], samples, labels="expected", seed=0)
+    shares = expert(inputs).detach().softmax(-1)
+    spread = shares * (1 - shares)
+    torch.testing.assert_close(found["bias"], spread.mean(0))
+    torch.testing.assert_close(found["weight"], (spread[:, :, None] * inputs[:, None].square()).mean(0))
 
 
 def test_one_sample_and_one_drawn_label(opened):
