@@ -209,6 +209,15 @@ def test_what_depends_on_other_settings_is_computed_again(again) -> None:
     assert {score.samples for row in found.rows for score in row.scores} == {7}
 
 
+def test_precision_is_of_the_scored_passes_and_belongs_to_a_row(again) -> None:
+    said, found = again(methods=["ties"], precision="bfloat16")
+    assert said == ["expert: films", "expert: books", "expert: topics", "base", "average", "ties"]
+    assert found.settings["precision"] == "bfloat16"
+    exact = {(row.label, s.task): s.nll for row in again(methods=["ties"])[1].rows for s in row.scores}
+    reduced = {(row.label, s.task): s.nll for row in found.rows for s in row.scores}
+    assert reduced != exact and reduced == pytest.approx(exact, rel=0.05)
+
+
 def test_what_depends_on_other_data_is_computed_again(models: Path, tmp_path: Path, again) -> None:
     lines = (models / "topics_test.jsonl").read_text().splitlines()
     random.Random(3).shuffle(lines)

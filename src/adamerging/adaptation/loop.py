@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class NonFiniteLossError(AdamergingError):
     """The loss of a task became NaN or infinite; the state before that step is kept."""
 
     exit_code = 5
+
+
+class Precise(Protocol):
+    """Settings that say how exactly forward passes compute."""
+
+    @property
+    def precision(self) -> str:
+        """``float32`` or ``bfloat16``."""
 
 
 class InterruptedRun(AdamergingError):  # noqa: N818 - not an error of the run
@@ -355,7 +363,7 @@ def estimate_statistics(learners: Sequence[Learner], device: torch.device, round
     )
 
 
-def autocast(settings: AdaptSettings, body: Body) -> AbstractContextManager[Any]:
+def autocast(settings: Precise, body: Body) -> AbstractContextManager[Any]:
     """The precision of forward passes; a float64 model keeps its own."""
     doubled = any(tensor.dtype == torch.float64 for tensor in body.tensors.values())
     if settings.precision == "bfloat16" and not doubled:

@@ -213,6 +213,13 @@ def has_fast_bfloat16(device: str) -> bool:
     return device == "cpu" and supported is not None and bool(supported())
 
 
+def settled_precision(asked: str, device: str) -> str:
+    """``float32`` or ``bfloat16``, where ``auto`` may be asked for."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+
+
 def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """The settings with unset fields filled from the preset.
 
@@ -250,7 +257,4 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
         raise UsageError(
             "surgery and heads: learned are two ways to give each task a part of its own; ask for one of them"
         )
-    if settings.precision == "auto":
-        chosen = "bfloat16" if has_fast_bfloat16(settings.device) else "float32"
-        settings = settings.model_copy(update={"precision": chosen})
-    return settings
+    return settings.model_copy(update={"precision": settled_precision(settings.precision, settings.device)})

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..adaptation.body import Body
 from ..adaptation.cache import content_of, fingerprint, own_fingerprint
 from ..adaptation.cache import key as content_key
+from ..adaptation.loop import autocast
 from ..adaptation.session import content_of_task, hash_files, make_device
+from ..adaptation.settings import settled_precision
 from ..adaptation.store import VectorStore
 from ..run import Prepared
 from ..stream import Workers
@@ -101,9 +103,11 @@ class Bench:
         workers: Workers,
         device: str = "cpu",
     ) -> None:
-        self.prepared, self.settings, self.workers = prepared, settings, workers
+        self.prepared, self.workers = prepared, workers
         vectors = prepared.vectors
         self.device = make_device(device)
+        precision = settled_precision(settings.precision, str(self.device))
+        self.settings = settings.model_copy(update={"precision": precision})
         self.hashes = hash_files([vectors.base, *vectors.experts.values()], workers)
         self.body = Body(vectors, self.device)
         self.addition: Addition | None = None
@@ -205,11 +209,12 @@ class Bench:
         samples = labelled(name, seats[name].task.evaluate if samples is None else samples)
         # The code of a module task has no fingerprint; within one run it is the same.
         known = (model, seat.head, seat.task.name, samples.fingerprint)
-        key = result_key(model, seat.head, seat.task, samples)
+        key = result_key(model, seat.head, seat.task, samples, self.settings.precision)
         result = find(key, len(samples), logits=logits) or (None if logits else self._known.get(known))
         if result is None:
             feed = self._feed(seat, name, samples, own)
-            found = logits_from(seat.module, seat.task, feed, self.device)
+            with autocast(self.settings, self.body):
+                found = logits_from(seat.module, seat.task, feed, self.device)
             result = Result(measure(found, samples), found.argmax(-1), found if logits else None)
             keep(key, result)
             self._known[known] = replace(result, logits=None)

@@ -38,7 +38,7 @@ class Result:
     logits: Tensor | None = None
 
 
-def result_key(model: str, head: str, task: Task, samples: Samples) -> str | None:
+def result_key(model: str, head: str, task: Task, samples: Samples, precision: str = "float32") -> str | None:
     """What a result is stored under; None for a task whose code has no fingerprint (kind module).
 
     Args:
@@ -46,10 +46,12 @@ def result_key(model: str, head: str, task: Task, samples: Samples) -> str | Non
         head: fingerprint of what the task has of its own.
         task: its settings, and what its `collate` makes of the first samples, belong to the key.
         samples: their fingerprint belongs to it.
+        precision: of the forward passes.
     """
     if task.has_code:
         return None
-    return key("score", VERSION, model, head, content_of_task(task, samples))
+    reduced = () if precision == "float32" else (precision,)
+    return key("score", VERSION, model, head, content_of_task(task, samples), *reduced)
 
 
 def find(name: str | None, samples: int, *, logits: bool) -> Result | None:

@@ -116,7 +116,9 @@ def scoring_of(settings: CompareSettings, *, whole: bool = True) -> dict[str, An
         settings: of the comparison.
         whole: of a row of all experts; those of a group are scored on clean data and not explained.
     """
-    return settings.model_dump(include={"limit", "bootstrap", *(("shift", "why") if whole else ())})
+    return settings.model_dump(
+        include={"limit", "precision", "bootstrap", *(("shift", "why") if whole else ())}
+    )
 
 
 def plan_rows(

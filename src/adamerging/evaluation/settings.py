@@ -84,6 +84,10 @@ class CompareSettings(BaseModel):
     )
     seeds: list[int] = Field([0], min_length=1, description="A learned or random method runs once a seed.")
     limit: int | None = Field(None, ge=1, description="Score on the first so many samples of each task.")
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32",
+        description="Of the forward passes that are scored; auto: bfloat16 where it is fast. All rows alike.",
+    )
     bootstrap: int = Field(1000, ge=0, description="Resamples behind the 95 % intervals.")
     shift: Shift | None = Field(None, description="Score under distribution shift too.")
     unseen: Unseen | None = Field(None, description="Score on tasks that no expert saw too.")
