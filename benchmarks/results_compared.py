@@ -49,12 +49,13 @@ def facts(run: Run, command: str) -> str:
         if transductive
         else "Inductive: what is learned is learned on inputs that share none with those that are scored."
     )
+    precision = f", scored in {about.settings['precision']}" if "precision" in about.settings else ""
     missing = [f"**Unfinished: {run.missing} of {about.planned} rows are missing.**"] if run.missing else []
     versions = ", ".join(f"{name} {version}" for name, version in about.versions.items())
     return " ".join(
         [
             f"`{command}`: {len(about.experts)} experts on {samples} ({sum(scored.values())} samples of "
-            f"{len(seen)} tasks), {_seeds(seeds)}. {learned}",
+            f"{len(seen)} tasks), {_seeds(seeds)}{precision}. {learned}",
             *missing,
             f"{versions or f'adamerging {about.adamerging}'}.",
         ]

@@ -87,6 +87,7 @@ def suite(tmp_path: Path) -> Path:
         folder / "compare-transductive",
         [row("AdaMerging", "learned", 0.7, transductive=True)],
         recipe={"transductive": True},
+        precision="bfloat16",
     )
     for task, head in zip(TASKS, (10, 20), strict=True):
         train(folder / task, 0.8, 500 + head, 500)
@@ -121,7 +122,8 @@ def test_every_record_has_its_place(suite: Path) -> None:
     assert "| swept [v] |" in methods and "failed: slerp: exactly 2 experts \\| no more" in methods
     assert "| 20 | 0.400 | 50.0 | 0.250 |" in methods and "recommended: on held-out inputs." in methods
     assert "| ties | 60.0 | 50.0 | 50.0 | 50.0 |" in found["Shift"] and "Severity 3 of 5." in found["Shift"]
-    assert "**Transductive**" in found["Transductive"] and "| AdaMerging [t] |" in found["Transductive"]
+    assert "seeds 0, 1, scored in bfloat16. **Transductive**" in found["Transductive"]
+    assert "| AdaMerging [t] |" in found["Transductive"]
     assert "Leave out: sizes:" in found["Unseen"] and "| ties | 50.0 | 30.0 | 30.0 |" in found["Unseen"]
     assert (
         "--stage compare --table unseen" in found["Unseen"]

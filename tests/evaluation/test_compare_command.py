@@ -44,6 +44,7 @@ def test_the_table_shows_every_row_and_why_one_failed(cli, done, out):
         assert word in ended.out
     assert "failed: slerp: method 'slerp' merges exactly 2 experts, got 3" in ended.out
     assert f"the report is {out / 'report.html'}" in ended.err
+    assert " rows" in ended.err.splitlines()[0]
     assert "adamerging compare" in (out / "report.html").read_text()
     ended = cli("compare", done / "recipe.yaml", "--out", out, "--no-report")
     assert f"adamerging report {out} makes a page of them" in ended.err

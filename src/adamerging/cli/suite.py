@@ -111,8 +111,15 @@ def suite(
     if Stage.compare in stages and dry_run:
         found["tables"] = _listed(filled, tables, folder, as_json)
     elif Stage.compare in stages:
-        commands = {files.comparison(one): _command(name, data, out, one) for one in tables}
-        found |= {one: _compare(folder, one, command, as_json) for one, command in commands.items()}
+        given: list[tuple[str, Path | str | None]] = [
+            ("--data", data),
+            ("--out", out),
+            ("--tasks", tasks),
+            *(("--set", each) for each in values or []),
+        ]
+        for one in tables:
+            command = _command(name, [("--table", one), *given])
+            found[files.comparison(one)] = _compare(folder, files.comparison(one), command, as_json)
     if as_json:
         show.print_json(found)
 
@@ -209,10 +216,10 @@ def _listed(filled: Filled, tables: Sequence[str], folder: Path, as_json: bool) 
     return found
 
 
-def _command(name: str, data: Path | None, out: Path | None, table: str) -> str:
-    """What to type to run a comparison again."""
-    words = ["adamerging", "suite", name, "--stage", "compare", "--table", table]
-    for option, value in (("--data", data), ("--out", out)):
+def _command(name: str, options: Sequence[tuple[str, Path | str | None]]) -> str:
+    """What to type to run a comparison again; options without a value were not given."""
+    words = ["adamerging", "suite", name, "--stage", "compare"]
+    for option, value in options:
         words += [] if value is None else [option, str(value)]
     return shlex.join(words)
 
