@@ -70,10 +70,11 @@ class VectorStore:
         """Read everything once, which finds the tensors no expert changed; keep what the budget allows."""
 
         def look(entry: Entry, start: int, stop: int) -> None:  # at the experts, even if the stack has none
-            if entry.name not in self._opened:
-                self._opened[entry.name] = self.vectors.open(entry)
             self.vectors.read(self._opened[entry.name], start, stop)
 
+        # All before the first piece: opened between pieces, K views would stand where a freed piece was, and
+        # the next one would need new memory; with 32 experts that added up to 160 MB.
+        self._opened = {entry.name: self.vectors.open(entry) for entry in self.vectors.entries()}
         list(self.workers.map(lambda job: look(*job), self._jobs(self.vectors.entries())))
         self.vectors.scanned = True
         entries = self.entries()
