@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -392,6 +393,40 @@ def test_an_error_in_a_process_ends_the_run_with_its_message(
     failed = cli("share", path, "--jobs", 2)
     assert failed.code == 5 and "the training loss is nan" in failed.err, failed.err
     assert "Traceback" not in failed.err and not (tmp_path / "shared").exists()
+
+
+def test_ctrl_c_ends_the_processes_in_words_and_what_is_finished_is_kept(
+    cli: Cli, sharing: Recipe, tmp_path: Path
+) -> None:
+    assert cli("share", sharing(threads=1), "--tasks", "sizes").code == 0
+    path = sharing(threads=1)
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    endless = {"epochs": 10_000, "patience": 10_000}
+    fields["tasks"]["colours"]["settings"] = endless
+    fields["tasks"]["third"] = {**fields["tasks"]["sizes"], "settings": endless}
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    program = "from adamerging.cli import program; program()"
+    command = [sys.executable, "-c", program, "share", str(path), "--jobs", "2"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert running.stderr is not None
+    assert "epoch" in running.stderr.readline()
+    os.killpg(running.pid, signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130 and "goes on with the others" in said, said
+    assert "Traceback" not in said and not (tmp_path / "shared.tasks" / "third" / "penalty-1").exists()
+    assert (tmp_path / "shared.tasks" / "sizes" / "penalty-1" / "finetune.json").is_file()
+
+
+def test_mixed_precision_trains_changes_in_float32(cli: Cli, sharing: Recipe, tmp_path: Path) -> None:
+    path = sharing(settings={**QUICK, "bf16": True}, gates={"penalty": 0.05})
+    result = found(cli("share", path, "--tasks", "sizes", "--json"))
+    folder = tmp_path / "shared.tasks" / "sizes" / "penalty-0.05"
+    record = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
+    assert record["machine"]["bf16"] is True and result["tasks"]["sizes"]["open"] > 0
+    held = tensors(folder)
+    assert {t.dtype for t in held.values() if t.is_floating_point()} == {torch.float32}
+    assert any(bool((t.bfloat16().float() != t).any()) for name, t in held.items() if "delta/" in name)
+    assert len(set(result["trials"][0]["scores"].values())) > 1  # the scores learn too
 
 
 def test_the_store_answers_as_the_trained_task_and_a_later_run_adds_to_it(

@@ -106,6 +106,20 @@ def percent(share: Any) -> str:
 
 @contextmanager
 def progress() -> Iterator[tuple[Callable[[str, str], None], Callable[[str, int, int], None]]]:
+    """Who is told of lines and steps. Raises `InterruptedRun` on Ctrl-C: what is finished is kept."""
+    try:
+        with _progress() as told:
+            yield told
+    except KeyboardInterrupt:
+        from ..adaptation.loop import InterruptedRun
+
+        raise InterruptedRun(
+            "interrupted; trainings that were finished are kept, and the same command goes on with the others"
+        ) from None
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str, str], None], Callable[[str, int, int], None]]]:
     """A bar for the task in training where standard error is a terminal; else a line an evaluation."""
     console = show.console(stderr=True)
     if not console.is_terminal:

@@ -149,8 +149,8 @@ class Gates:
     def _change(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
         parametrised: Any = self.module.get_submodule(owner).parametrizations
-        base: Tensor = parametrised[leaf].original.detach()
-        return self._gates[name].own.detach() - base
+        base: Tensor = parametrised[leaf].original
+        return self._gates[name].own.detach() - base.detach()
 
     def _are_open(self) -> list[bool]:
         return [self._gates[layer.weight].open for layer in self.layers]
