@@ -291,3 +291,13 @@ def test_every_setting_is_described_and_plain_data():
 def test_settings_that_are_none_are_refused(fields, said):
     with pytest.raises(UsageError, match=said):
         resolve(fields)
+
+
+def test_options_of_a_preset_go_with_its_own_objective_alone() -> None:
+    assert resolve({"preset": "recommended"}).objective_options == {"temperature": 2.0}
+    assert resolve({"preset": "recommended", "objective": "agreement"}).objective_options == {
+        "temperature": 2.0
+    }
+    assert resolve({"preset": "recommended", "objective": "filtered_entropy"}).objective_options == {}
+    own = {"objective": "entropy", "objective_options": {"temperature": 3.0}}
+    assert resolve({"preset": "recommended", **own}).objective_options == {"temperature": 3.0}

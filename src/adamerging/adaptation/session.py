@@ -282,7 +282,9 @@ def make_learner(
     train, held = split(len(task.adapt), settings.held_out, settings.held_out_limit, settings.seed, task.name)
     costs = list(task.costs(task.adapt)) if task.costs is not None else None
     grouped = costs if settings.group_by_length else None
-    batches = Batches(train, settings.batch_size, settings.seed, task.name, grouped, settings.batch_tokens)
+    filled = grouped is not None and settings.batch_tokens is not None
+    size = (settings.batch_most if filled else None) or settings.batch_size
+    batches = Batches(train, size, settings.seed, task.name, grouped, settings.batch_tokens)
     return Learner(task, module, train, held, batches, costs)
 
 

@@ -131,6 +131,11 @@ class AdaptSettings(BaseModel):
         ge=1,
         description="Most tokens of a batch, padding included, where batches are grouped by length.",
     )
+    batch_most: int | None = Field(
+        None,
+        ge=1,
+        description="Most samples of a batch that `batch_tokens` fills; batch_size when unset.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the data order.")
     held_out: float = Field(
         0.0,
@@ -235,7 +240,10 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     own = fields.get("objective")
     if own is not None and not isinstance(own, str):
         fields = {**fields, "objective": _name_of(own)}
-    settings = make(AdaptSettings, {"preset": preset, **PRESETS[preset].settings, **fields}, "adapt")
+    filled = dict(PRESETS[preset].settings)
+    if own not in (None, filled.get("objective")):
+        filled.pop("objective_options", None)  # they are for the preset's own objective
+    settings = make(AdaptSettings, {"preset": preset, **filled, **fields}, "adapt")
     if own is not None and not isinstance(own, str):
         settings._objective = own
     if settings.route is not None:
