@@ -40,7 +40,7 @@ def test_a_preset_tells_what_its_settings_are(name: str) -> None:
     listing, settings = find(name), resolve({"preset": name})
     assert listing.kind == "preset"
     assert listing.summary.endswith(".") and listing.cost
-    assert (listing.paper == "") == (name == "recommended")
+    assert (listing.paper == "") == (name in ("recommended", "thorough"))
     assert {o.name: o.default for o in listing.options} == dict(PRESETS[name].settings)
     assert all(o.help for o in listing.options)
     assert ("task's name" in listing.needs) == (settings.surgery is not None)
