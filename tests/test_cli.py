@@ -292,12 +292,12 @@ def test_methods_tells_of_a_preset(cli: Cli) -> None:
         assert word in ended.out
 
 
-@pytest.mark.parametrize("columns", ["80", "120"])
-def test_methods_fits_the_terminal(cli: Cli, columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
+@pytest.mark.parametrize("columns", [80, 120])
+def test_methods_fits_the_terminal(cli: Cli, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show, "WIDE", columns)
     for command in (("methods",), ("methods", "wudi"), ("methods", "recommended")):
         lines = cli(*command).out.splitlines()
-        assert max(map(len, lines)) <= int(columns)
+        assert max(map(len, lines)) <= columns
 
 
 def test_an_unknown_method_has_near_ones(cli: Cli) -> None:

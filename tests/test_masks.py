@@ -218,3 +218,11 @@ def test_a_missing_or_foreign_mask_is_said(models: Path, tmp_path: Path) -> None
     with pytest.raises(WeightsError, match="mask of task 'trec' does not belong"):
         am.load(out).module("trec")
     am.load(out).module("mood")
+
+
+def test_the_command_line_says_what_it_wrote(models: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    sources = [models / "base", *(f"{task}={models / task}" for task in TASKS)]
+    ended = cli("merge", *sources, "--method", "emr", "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "note: each task has weights of its own" in ended.err
+    assert "weights of its own" not in cli("merge", *sources, "--out", tmp_path / "plain").err

@@ -9,7 +9,6 @@ from its settings.
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UsageError
+from .validation import nearest
 
 if TYPE_CHECKING:
     from .adaptation.settings import AdaptSettings
@@ -108,9 +108,7 @@ def find(name: str) -> Listing:
     """
     known = catalogue()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-        hint = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise UsageError(f"unknown method '{name}'{hint}; there are: {', '.join(known)}")
+        raise UsageError(f"unknown method '{name}'{nearest(name, known)}; there are: {', '.join(known)}")
     return known[name]
 
 

@@ -26,7 +26,7 @@ from .adaptation.settings import AdaptSettings
 from .errors import UsageError
 from .evaluation.settings import CompareSettings
 from .tasks.spec import TaskSpec, beside
-from .validation import make
+from .validation import make, nearest
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 Allowance = Literal["unrelated", "nonfinite"]
@@ -150,7 +150,8 @@ class Recipe(Settings):
         value = {"preset": value} if isinstance(value, str) else value
         preset = value.get("preset") if isinstance(value, dict) else None
         if isinstance(preset, str) and preset not in PRESETS:
-            raise ValueError(f"there is no preset '{preset}'; presets: {', '.join(PRESETS)}")
+            hint = nearest(preset, PRESETS)
+            raise ValueError(f"there is no preset '{preset}'{hint}; presets: {', '.join(PRESETS)}")
         return value
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
 
@@ -82,3 +82,9 @@ def _records(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in get_args(annotation):
         yield from _records(inner)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The hint that a near one was meant, ``, did you mean 'a' or 'b'?``; empty where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.5)
+    return f", did you mean {' or '.join(map(repr, close))}?" if close else ""

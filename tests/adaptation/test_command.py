@@ -292,7 +292,7 @@ def sabotage(kind, root, tmp_path):
     code, said = 2, kind
     if kind == "no task":
         del tasks["trec"]
-        said = "expert 'trec' has no task with data"
+        said = "expert 'trec' has no task with data\nlearning needs unlabeled inputs of every task"
     elif kind == "no data":
         tasks["trec"] = {"evaluate": "models/trec_test.jsonl"}
         said = "task 'trec' has no adaptation data"
@@ -332,7 +332,7 @@ def sabotage(kind, root, tmp_path):
         said = "unknown key 'adapt.stepz', did you mean 'steps'?"
     elif kind == "a misspelt preset":
         fields["adapt"] = "papper"
-        said = "there is no preset 'papper'"
+        said = "there is no preset 'papper', did you mean 'paper'"
     elif kind == "a misspelt key of a task":
         tasks["sst2"]["adpt"] = "x"
         said = "unknown key 'tasks.sst2.adpt', did you mean 'adapt'?"

@@ -281,7 +281,7 @@ def test_every_setting_is_described_and_plain_data():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"preset": "papr"}, "unknown preset 'papr'; there are: recommended"),
+        ({"preset": "papr"}, "unknown preset 'papr', did you mean 'paper'.*; there are: recommended"),
         ({"stepz": 3}, "unknown key 'stepz', did you mean 'steps'"),
         ({"steps": -1}, "steps"),
         ({"lr": "fast"}, "lr"),

@@ -19,6 +19,7 @@ from ..stream import Workers
 from ..surgery import Operation
 from ..tasks.resolve import named
 from ..tasks.task import Samples, Task
+from ..validation import nearest
 from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
@@ -209,8 +210,8 @@ def make_objective(settings: AdaptSettings) -> Objective:
     name = settings.objective
     if name not in OBJECTIVES and ":" not in name:
         raise UsageError(
-            f"unknown objective '{name}'; there are: {', '.join(OBJECTIVES)}; or package.module:name of a "
-            "function that makes one of your own"
+            f"unknown objective '{name}'{nearest(name, OBJECTIVES)}; there are: {', '.join(OBJECTIVES)}; or "
+            "package.module:name of a function that makes one of your own"
         )
     try:
         made = (OBJECTIVES[name] if name in OBJECTIVES else named(name))(**settings.objective_options)
@@ -253,7 +254,13 @@ def match_tasks(names: Sequence[str], tasks: Iterable[Task], objective: Objectiv
         UsageError: an expert without a task or the other way round, a task without data or labels.
     """
     given = {task.name: task for task in tasks}
-    problems = [f"expert '{name}' has no task with data" for name in names if name not in given]
+    without = [name for name in names if name not in given]
+    problems = [f"expert '{name}' has no task with data" for name in without]
+    if without:
+        problems.append(
+            f"learning needs unlabeled inputs of every task: --data {without[0]}=FILE, tasks: in a recipe, "
+            "or tasks given to adamerging.adapt"
+        )
     problems += [f"task '{name}' has no expert" for name in given if name not in names]
     for name, task in given.items():
         if task.adapt is None:

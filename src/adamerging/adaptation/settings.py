@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..errors import UsageError
-from ..validation import make
+from ..validation import make, nearest
 from .layerwise_settings import asked_for
 from .presets import PRESETS
 
@@ -236,7 +236,8 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
     """
     preset = fields.get("preset", "recommended")
     if preset not in PRESETS:
-        raise UsageError(f"unknown preset '{preset}'; there are: {', '.join(PRESETS)}")
+        hint = nearest(str(preset), PRESETS)
+        raise UsageError(f"unknown preset '{preset}'{hint}; there are: {', '.join(PRESETS)}")
     own = fields.get("objective")
     if own is not None and not isinstance(own, str):
         fields = {**fields, "objective": _name_of(own)}

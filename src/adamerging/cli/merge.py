@@ -286,6 +286,11 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
     if "scores" in record:
         console.print()
         console.print(scores_table(record))
+    if record.get("masks"):
+        show.note(
+            "each task has weights of its own, made when the folder is opened with the task's name; the body "
+            "by itself is no multi-task model"
+        )
     if record.get("statistics"):
         show.note(f"BatchNorm statistics: {record['statistics']}")
     if nbytes := newly_kept():

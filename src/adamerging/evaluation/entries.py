@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ..errors import UsageError
 from ..methods import chain, make_method, methods
 from ..methods.stage import Method
 from ..recipe import Recipe, Settings
+from ..validation import nearest
 from .settings import Entry
 
 ALIASES: Mapping[str, str] = {"adamerging": "paper", "adamerging++": "paper++"}
@@ -165,11 +165,9 @@ def _entry(label: str, entry: Entry | None) -> Entry:
         return entry.model_copy(update={"adapt": name})
     if label not in methods():
         known = [*methods(), *PRESETS, *ALIASES]
-        close = difflib.get_close_matches(label, known, n=2, cutoff=0.5)
-        said = f", did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UsageError(
-            f"unknown method '{label}'{said}; there are the methods of `adamerging methods` and the presets "
-            f"{', '.join([*PRESETS, *ALIASES])}"
+            f"unknown method '{label}'{nearest(label, known)}; there are the methods of `adamerging methods` "
+            f"and the presets {', '.join([*PRESETS, *ALIASES])}"
         )
     return entry.model_copy(update={"method": label})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 
 from ..adaptation.presets import PRESETS
 from ..errors import UsageError
+from ..validation import nearest
 from .stage import Method
 
 Factory = Callable[..., Method]
@@ -88,13 +88,13 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
                 f"(--adapt {name})"
             )
         raise UsageError(
-            f"unknown method '{name}'{_nearest(name, _METHODS)}; `adamerging methods` lists them all"
+            f"unknown method '{name}'{nearest(name, _METHODS)}; `adamerging methods` lists them all"
         )
     known = _METHODS[name]
     unknown = [option for option in options if option not in known.options]
     if unknown:
         lines = [
-            f"method '{name}' has no option '{option}'{_nearest(option, known.options)}" for option in unknown
+            f"method '{name}' has no option '{option}'{nearest(option, known.options)}" for option in unknown
         ]
         raise UsageError("; ".join(lines) + f"; its options: {', '.join(known.options) or 'none'}")
     try:
@@ -106,8 +106,3 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
             reason = problem.get("ctx", {}).get("error", problem["msg"].lower())
             lines.append(f"{name}: {where} (={problem['input']!r}): {reason}")
         raise UsageError("\n".join(lines)) from None
-
-
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-    return f", did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
