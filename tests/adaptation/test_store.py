@@ -36,6 +36,30 @@ def make_low_rank(base, seed):
     return Weights(f"adapter{seed}", specs, lambda name: pytest.fail(name), low_rank=readers)
 
 
+def test_vectors_are_opened_before_the_first_piece_is_read(monkeypatch):
+    # Views opened between pieces stay where a freed piece was: with many experts the heap grew by that.
+    base = open_weights({"a": torch.zeros(4, 4), "b": torch.zeros(4)})
+    experts = {name: open_weights({"a": torch.ones(4, 4), "b": torch.ones(4)}) for name in "xy"}
+    calls = []
+
+    def note(name):
+        original = getattr(TaskVectors, name)
+
+        def noted(self, *given):
+            calls.append(name)
+            return original(self, *given)
+
+        monkeypatch.setattr(TaskVectors, name, noted)
+
+    note("open")
+    note("read")
+    with Workers(2) as workers:
+        store = VectorStore(TaskVectors(make_plan(base, experts), base, experts, chunk_values=8), workers)
+        store.scan()
+    assert calls == ["open"] * 2 + ["read"] * 5
+    assert [entry.name for entry in store.entries()] == ["a", "b"]
+
+
 @pytest.mark.parametrize("granularity", ["task", "tensor", "row"])
 def test_factors_contract_as_dense_vectors_do(granularity):
     torch.manual_seed(0)
