@@ -100,3 +100,25 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
         make_task("text", TaskSpec(adapt="val.jsonl"), base, base, folder=root)
     with pytest.raises(UsageError, match="unknown key 'adopt', did you mean 'adapt'"):
         make(TaskSpec, {"adopt": "val.jsonl"}, "recipe.yaml")
+
+
+def test_several_sources_are_one_split(root: Path) -> None:
+    spec = TaskSpec(adapt=["val.jsonl", "test.jsonl"])
+    task = make_task("text", spec, *weights(root, "text"), folder=root)
+    assert task.adapt is not None
+    assert list(task.adapt.inputs) == ["word1", "word2", "word3", "word4"]
+    assert task.adapt.labels == [0, 1, 0, 1]
+    assert "val.jsonl and " in task.adapt.source
+    (root / "bare.jsonl").write_text('{"text": "word5"}\n{"text": "word6"}')
+    mixed = make_task(
+        "text", TaskSpec(adapt=["val.jsonl", "bare.jsonl"]), *weights(root, "text"), folder=root
+    )
+    assert mixed.adapt is not None and mixed.adapt.labels is None and len(mixed.adapt) == 4
+    assert mixed.adapt.fingerprint != task.adapt.fingerprint
+    with pytest.raises(UsageError, match="overlap"):
+        make_tasks(
+            {"text": TaskSpec(adapt=["val.jsonl", "test.jsonl"], evaluate="test.jsonl")},
+            {"text": weights(root, "text")[0]}, weights(root, "text")[1], folder=root,
+        )  # fmt: skip
+    with pytest.raises(UsageError, match=r"absent\.jsonl"):
+        make_task("text", TaskSpec(adapt=["val.jsonl", "absent.jsonl"]), *weights(root, "text"), folder=root)

@@ -55,13 +55,24 @@ class Fields:
     pair: str | None = None
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Several sources that are one split, one after the other.
+
+    Attributes:
+        sources: each as `read_samples` takes it.
+    """
+
+    sources: tuple[Any, ...]
+
+
 def read_samples(
     source: Any, kind: DataKind, fields: Fields | None = None, label_names: Sequence[str] | None = None
 ) -> Samples:
     """One split, read and checked.
 
     Args:
-        source: whatever `read_columns` takes, or samples already read.
+        source: whatever `read_columns` takes, samples already read, or several of these as `Joined`.
         kind: what the inputs are.
         fields: names of the columns.
         label_names: class names by number, for labels that are stored by name; else the model names them.
@@ -73,6 +84,8 @@ def read_samples(
     """
     if isinstance(source, Samples):
         return source
+    if isinstance(source, Joined):
+        return _joined([read_samples(each, kind, fields, label_names) for each in source.sources])
     columns, name = read_columns(source)
     fields = fields or Fields()
     if not columns or all(len(column) == 0 for column in columns.values()):
@@ -95,6 +108,16 @@ def read_samples(
         labels.settle(label_names)
         labels = labels.check()
     return Samples(inputs, labels, name, _fingerprint(inputs, labels))
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    """One split of several; labelled where all of them are, by number."""
+    inputs = [item for part in parts for item in part.inputs]
+    known = [part.labels for part in parts if not isinstance(part.labels, NamedLabels | None)]
+    labels = [label for each in known for label in each] if len(known) == len(parts) else None
+    source = " and ".join(part.source for part in parts)
+    digest = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Samples(inputs, labels, source, digest)
 
 
 def read_task_data(

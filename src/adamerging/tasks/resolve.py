@@ -14,7 +14,7 @@ from torch import nn
 from .. import naming
 from ..errors import UsageError
 from ..weights.source import Weights
-from .data import refuse_overlap
+from .data import Joined, refuse_overlap
 from .huggingface import is_partial
 from .image_classification import image_task
 from .labels import class_names
@@ -67,13 +67,20 @@ def make_tasks(
     return tasks
 
 
+def _unlabeled(folder: Path | None, given: str | list[str] | None) -> Any:
+    """The adaptation data that a recipe names, one source or several."""
+    if not isinstance(given, list):
+        return beside(folder, given)
+    return Joined(tuple(beside(folder, each) for each in given))
+
+
 def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder: Path | None = None) -> Task:
     """One task of a recipe. Raises as `make_tasks`, overlap apart."""
     if spec.adapt is None and spec.evaluate is None:
         raise UsageError(f"task '{name}' has no data; give adapt (unlabeled), evaluate (labelled), or both")
     kind = spec.kind or guess_kind(name, expert, base, has_model=spec.model is not None)
     _check_options(name, kind, spec)
-    adapt, evaluate = beside(folder, spec.adapt), beside(folder, spec.evaluate)
+    adapt, evaluate = _unlabeled(folder, spec.adapt), beside(folder, spec.evaluate)
     names = spec.label_names or class_names(expert.config)
     if kind == "text":
         return text_task(

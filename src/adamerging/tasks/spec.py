@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,8 +18,9 @@ class TaskSpec(BaseModel):
     kind: Kind | None = Field(
         None, description="What the inputs and the model are; told from the expert when unset."
     )
-    adapt: str | None = Field(
-        None, description="Unlabeled data: a file, a folder, file.npz:split, or org/name:split."
+    adapt: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="Unlabeled data: a file, a folder, file.npz:split, org/name:split; or a list of these.",
     )
     evaluate: str | None = Field(None, description="Labelled data for scores; disjoint from `adapt`.")
     input_field: str | None = Field(None, description="Column of the text, image or array.")
