@@ -18,6 +18,13 @@ from adaptation.toy import make_experts, make_task, make_tasks
 RUNS = {
     "paper": {"preset": "paper", "lr": 0.05, "save_every": 4, "batchnorm_every": 3},
     "adarank": {"preset": "adarank", "lr": 0.05, "kept": 0.5, "save_every": 4},
+    "distilled": {
+        "preset": "distilled",
+        "start": "task_arithmetic",
+        "lr": 0.01,
+        "check_every": 3,
+        "save_every": 4,
+    },
     "recommended": {"start": "task_arithmetic", "check_every": 3, "save_every": 4, "batch_size": 8},
 }
 STEPS = 14

@@ -57,6 +57,8 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
     )
     heads = sum(spec.nbytes for head in vectors.plan.heads.values() for spec in head.values())
     kept, cached = (len(labels) + 1) * merged, depth * merged
+    if settings.granularity == "value":
+        count, kept = sum(vectors.numel(entry) for entry in vectors.entries()), 2 * merged
     if singular:
         count, cached = sizes(settings, vectors)
         kept = 0 if settings.device == "cpu" else cached

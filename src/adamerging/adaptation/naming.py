@@ -30,7 +30,8 @@ def _learned(settings: AdaptSettings) -> str:
     if settings.objective == "entropy":
         name = "AdaRank" if gates else "AdaMerging" if plain else "Concrete AdaMerging"
         return f"{name} and heads" if heads else name
-    parts = [*(["mask"] if settings.mask is not None else []), *(["gates"] if gates else []), "coefficients"]
+    what = "values" if settings.granularity == "value" else "coefficients"
+    parts = [*(["mask"] if settings.mask is not None else []), *(["gates"] if gates else []), what]
     parts += ["heads"] if heads else []
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return f"learned {listed} ({settings.objective})"

@@ -73,6 +73,11 @@ PRESETS: Mapping[str, Preset] = {
         "As recommended, with three times the steps: the most accurate single model here.",
         {**_IN_MINUTES, **_ROWS, "steps": 240},
     ),
+    "distilled": Preset(
+        "Every value of a WUDI merge learns from the experts' predictions: the most accurate with much data.",
+        {**_IN_MINUTES, **_ROWS, "granularity": "value", "lr": 1e-4, "steps": 240},
+        "Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531",
+    ),
     "paper": Preset("AdaMerging as the paper describes it: tensor-wise, by entropy.", {}, _ADAMERGING),
     "released": Preset(
         "AdaMerging as its authors' code has it: two batches of each task a step, their losses summed.",

@@ -24,7 +24,7 @@ from ..weights import Weights, sha256_file
 from .batches import Batches, split
 from .body import Body
 from .cache import computed, content_of, key
-from .coefficients import Layout, layout
+from .coefficients import COMBINED, Layout, layout
 from .concrete import learn_mask
 from .gates import make_gates
 from .heads import LearnedHead, head_of
@@ -39,6 +39,7 @@ from .state import State, load_state, mask_state, save_state
 from .statistics import Gathering, gather
 from .store import VectorStore
 from .surgery import features, learn_operations
+from .values import Values
 
 Say = Callable[[str], None]
 
@@ -191,10 +192,15 @@ def parametrise(
         settings, vectors, workers, texts, say, lambda method, _, asked: gather(given, method, asked),
         distilled,
     )  # fmt: skip
-    store = VectorStore(vectors, workers, stack.cached, stack.experts, device, int(settings.budget * 1e9))
+    by_value = settings.granularity == "value"
+    experts = stack.experts and not by_value
+    store = VectorStore(vectors, workers, stack.cached, experts, device, int(settings.budget * 1e9))
     store.scan()
     if not store.entries():
         raise UsageError("every expert is identical to the base: there is nothing to merge")
+    if by_value:
+        where = layout("tensor", (COMBINED,), store.entries(), vectors.places)
+        return Values(store, where), (COMBINED,), stack.nbytes
     where = layout(settings.granularity, stack.labels, store.entries(), vectors.places)
     return Coefficients(store, where, stack.initial), stack.labels, stack.nbytes
 

@@ -15,7 +15,7 @@ from .presets import PRESETS
 if TYPE_CHECKING:
     from .objectives import Objective
 
-Granularity = Literal["task", "block", "tensor", "row", "singular"]
+Granularity = Literal["task", "block", "tensor", "row", "singular", "value"]
 
 
 class MaskSettings(BaseModel):
@@ -58,7 +58,8 @@ class AdaptSettings(BaseModel):
     granularity: Granularity = Field(
         "tensor",
         description="What one coefficient covers: task, block, tensor (the paper's layer), or row; singular: "
-        "a tensor, and each singular component of a matrix has a gate.",
+        "a tensor, and each singular component of a matrix has a gate; value: no coefficients, every value "
+        "of the merge at `start` learns.",
     )
     start: str | list[Any] | None = Field(
         None,
@@ -218,6 +219,16 @@ def has_fast_bfloat16(device: str) -> bool:
     return device == "cpu" and supported is not None and bool(supported())
 
 
+def _check_values(settings: AdaptSettings) -> None:
+    """Refuse what has no meaning where every value learns by itself."""
+    wrong = [] if settings.start is not None else ["start: is missing, the merge whose values learn"]
+    wrong += [] if settings.clamp == "none" else [f"clamp: {settings.clamp} holds coefficients; use none"]
+    wrong += [] if settings.vectors is None else ["vectors: is for coefficients of the experts' vectors"]
+    wrong += [] if settings.mask is None else ["mask: multiplies task vectors, and none is left to multiply"]
+    if wrong:
+        raise UsageError("granularity: value has no coefficients:\n" + "\n".join(f"  - {w}" for w in wrong))
+
+
 def settled_precision(asked: str, device: str) -> str:
     """``float32`` or ``bfloat16``, where ``auto`` may be asked for."""
     if asked != "auto":
@@ -255,6 +266,8 @@ def resolve(fields: Mapping[str, Any]) -> AdaptSettings:
             f"{', '.join(stray)}: there are gates with granularity: singular alone, and it is "
             f"'{settings.granularity}'"
         )
+    if settings.granularity == "value":
+        _check_values(settings)
     if settings.mask is not None and settings.granularity == "singular":
         raise UsageError("mask: a mask over values and gates on singular components exclude each other")
     if settings.granularity == "singular" and asked_for(settings.start) is not None:

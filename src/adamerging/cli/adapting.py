@@ -171,6 +171,8 @@ def _kind(settings: AdaptSettings) -> str:
         return f"routers ({settings.route})"
     if settings.granularity == "singular":
         return "coefficients and gates of singular components"
+    if settings.granularity == "value":
+        return "a change of every value"
     return f"{settings.granularity}-wise coefficients"
 
 
