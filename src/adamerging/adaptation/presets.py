@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Preset] = {
         {**_IN_MINUTES, **_ROWS, "steps": 80},
     ),
     "thorough": Preset(
-        "As recommended, with three times the steps: the most accurate single model here.",
+        "As recommended, with three times the steps.",
         {**_IN_MINUTES, **_ROWS, "steps": 240},
     ),
     "distilled": Preset(
