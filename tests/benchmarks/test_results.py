@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import results
-
 from adamerging.finetuning.record import RECORD
+
+with pytest.MonkeyPatch.context() as patch:  # for this import alone: there is a tests/adaptation, too
+    patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    results = importlib.import_module("results")
 
 TASKS = ["colours", "sizes"]
 

@@ -411,7 +411,7 @@ def test_ctrl_c_ends_the_processes_in_words_and_what_is_finished_is_kept(
     assert running.stderr is not None
     assert "epoch" in running.stderr.readline()
     os.killpg(running.pid, signal.SIGINT)
-    said = running.communicate(timeout=60)[1]
+    said = running.communicate(timeout=300)[1]
     assert running.returncode == 130 and "goes on with the others" in said, said
     assert "Traceback" not in said and not (tmp_path / "shared.tasks" / "third" / "penalty-1").exists()
     assert (tmp_path / "shared.tasks" / "sizes" / "penalty-1" / "finetune.json").is_file()
