@@ -13,7 +13,7 @@ from adamerging.report.load import Run, load_run
 from adamerging.report.table import Cells, cells_of, markdown
 from adamerging.units import count, size
 
-CURVES = ("recommended", "thorough", "AdaMerging", "AdaMerging, agreement")
+CURVES = ("recommended", "thorough", "distilled", "AdaMerging", "AdaMerging, agreement")
 """Rows whose way to the result is shown."""
 
 
