@@ -7,9 +7,9 @@
 
 Experts are of the shape of CLIP's ViT-B/32 image encoder, in float32, with random task vectors: of every
 matrix a low rank and some noise, as fine-tuning leaves it. Every run is a process of its own. Timed is the
-way from the files to the merged model in memory, imports aside, in both; of ours also the sha256 of what
-was merged, since a merge to a folder records it. Files are in the page cache, and decompositions are not
-kept from one run to the next. Both use as many threads as torch does by itself.
+way from the files to the merged model in memory, imports aside, in both; the sha256 of what was merged, which
+a merge to a folder records beside it, is left out, since FusionBench has none. Files are in the page cache,
+and decompositions are not kept from one run to the next. Both use as many threads as torch does by itself.
 
 Options are those under which both read a method alike; where FusionBench has matrices alone (two
 dimensions), the patch embedding is a vector here too. `same` is the distance of the two merged models,
@@ -170,23 +170,16 @@ def names(count: int) -> list[str]:
 
 def run_ours(pair: Pair, folder: Path, count: int, out: Path) -> dict[str, float]:
     """Merge with this package."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import torch
     from safetensors.torch import save_file
 
     from adamerging.run import merge
-    from adamerging.weights import sha256_file
 
     settings = {"method": pair.method, "options": pair.options, "scale": pair.scale}
     base, *experts = names(count)
-    files = [folder / name / "model.safetensors" for name in (base, *experts)]
     peak = Peak()
     started = time.perf_counter()
-    with ThreadPoolExecutor(max(1, torch.get_num_threads() // 2)) as pool:
-        hashes = pool.map(sha256_file, files)
-        result = merge(str(folder / base), {name: str(folder / name) for name in experts}, **settings)
-        list(hashes)
+    result = merge(str(folder / base), {name: str(folder / name) for name in experts}, **settings)
     seconds = time.perf_counter() - started
     found = {"seconds": seconds, "memory": peak.stop(), "threads": torch.get_num_threads()}
     save_file({name: value.contiguous() for name, value in result.body.items()}, out)
