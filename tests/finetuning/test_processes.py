@@ -18,7 +18,12 @@ from adamerging.finetuning.processes import Say, in_processes
 
 def work(say: Say, folder: Path, name: str) -> None:
     say(name, f"{torch.get_num_threads()} threads")
-    (folder / name).write_text(str(os.getpid()))
+    (folder / f".{name}").write_text(str(os.getpid()))
+    (folder / f".{name}").rename(folder / name)  # whole or not there: it may be ended at any time
+    for _ in range(200):
+        if name not in ("bad", "killed") or (folder / "long").exists():
+            break
+        time.sleep(0.1)
     if name == "bad":
         raise UsageError("task 'bad': no")
     if name == "killed":
