@@ -33,64 +33,78 @@ Settings without a mark were chosen without labels of any kind, and coefficients
 Marks: [v] the best of several settings by labels of `val`; [o] by those of `test`, a bound and no result;
 [l] learned from labels; [t] adapted to the very inputs that are scored, as in the AdaMerging paper.
 """
-_SECTION = re.compile(r"<!-- suite: (\S+) -->\n.*?<!-- end: \1 -->\n?", re.DOTALL)
+_SECTION = re.compile(r"<!-- suite: (\S+) -->\n(.*?)<!-- end: \1 -->\n?", re.DOTALL)
+TRAINING, SHARING, METHODS = "Training", "Sharing layers", "Methods"
+Parts = dict[str, str]
+"""A suite's text by heading; what stands before the first has none."""
 
 
-def section(folder: Path, note: str = "") -> str:
-    """All that a suite's folder has to show, between two marks; nothing of a folder without records."""
+def section(folder: Path, note: str = "") -> Parts:
+    """All that a suite's folder has to show; nothing of a folder without records."""
     name = folder.resolve().name
     suite = load_suite(name) if name in names() else None
     command = f"adamerging suite {name} --data DATA"
-    parts = [*training(folder, suite, command), *comparisons(folder, suite, command)]
+    parts = {**training(folder, suite, command), **comparisons(folder, suite, command)}
     if not parts:
-        return ""
-    about = [suite.about, ""] if suite else []
-    noted = [note, ""] if note else []
-    lines = [f"<!-- suite: {name} -->", f"## {name}", "", *about, *noted, *parts]
-    return "\n".join(lines).rstrip() + f"\n\n<!-- end: {name} -->\n"
+        return {}
+    head = [f"## {name}", *([suite.about] if suite else []), *([note] if note else [])]
+    return {"": "\n\n".join(head), **{title: f"### {title}\n\n{text}" for title, text in parts.items()}}
 
 
-def training(folder: Path, suite: Suite | None, command: str) -> list[str]:
+def training(folder: Path, suite: Suite | None, command: str) -> Parts:
     """Experts, other ways to train, and shared layers."""
     order = suite.data.tasks if suite else sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
-    found, lines = trainings(folder, order), []
+    found, parts = trainings(folder, order), {}
     if found:
         stages = f"`{command} --stage finetune`, `--stage baselines`"
         about = [f"{name}: {one.about}" for name, one in suite.baselines.items()] if suite else []
-        known = [f"- {line}" for line in about if line.partition(":")[0] in found]
-        lines += ["### Training", "", f"Accuracy on the whole test sets. {stages}", ""]
-        lines += [*known, ""] if known else []
-        lines += [trained(found, order), ""]
+        known = ["\n".join(f"- {line}" for line in about if line.partition(":")[0] in found)]
+        lines = [f"Accuracy on the whole test sets. {stages}", *filter(None, known), trained(found, order)]
+        parts[TRAINING] = "\n\n".join(lines)
     sharing = shared(folder, order, found)
     if sharing:
-        lines += ["### Sharing layers", ""]
-        lines += [
-            f"Accuracy on the whole test sets, see [Sharing layers](sharing.md). `{command} --stage share`"
-        ]
-        lines += ["", *(line for part in sharing for line in (part, ""))]
-    return lines
+        where = f"see [Sharing layers](sharing.md). `{command} --stage share`"
+        parts[SHARING] = "\n\n".join([f"Accuracy on the whole test sets, {where}", *sharing])
+    return parts
 
 
-def comparisons(folder: Path, suite: Suite | None, command: str) -> list[str]:
+def comparisons(folder: Path, suite: Suite | None, command: str) -> Parts:
     """The suite's own comparison, then its tables in the suite's order."""
     known = [MAIN, *(suite.tables if suite else ())]
     there = [path.parent.name.removeprefix("compare-") for path in sorted(folder.glob(f"*/{COMPARISON}"))]
-    lines = []
+    parts = {}
     for name in dict.fromkeys([*known, *(MAIN if one == "compare" else one for one in there)]):
         place = folder / comparison(name)
         if not (place / COMPARISON).is_file():
             continue
-        about = [suite.tables[name].about, ""] if suite and name in suite.tables else []
+        about = [suite.tables[name].about] if suite and name in suite.tables else []
         option = "" if name == MAIN else f" --table {name}"
-        lines += [f"### {'Methods' if name == MAIN else name.capitalize()}", "", *about]
-        lines += compared(place, f"{command} --stage compare{option}")
-    return lines
+        lines = [*about, *compared(place, f"{command} --stage compare{option}")]
+        parts[METHODS if name == MAIN else name.capitalize()] = "\n\n".join(lines)
+    return parts
 
 
-def page(sections: dict[str, str], before: str = "") -> str:
-    """The whole page: old sections, replaced where there are new ones, then those that are new."""
-    old = {match[1]: match[0] for match in _SECTION.finditer(before)}
-    return "\n".join([HEAD, *({**old, **sections}.values())])
+def read(page: str) -> dict[str, Parts]:
+    """The suites of a page that was made before."""
+    suites = {}
+    for match in _SECTION.finditer(page):
+        pieces = re.split(r"^(?=### )", match[2], flags=re.MULTILINE)
+        suites[match[1]] = {
+            piece.partition("\n")[0].removeprefix("### "): piece.strip() for piece in pieces[1:]
+        }
+        suites[match[1]] = {"": pieces[0].strip(), **suites[match[1]]}
+    return suites
+
+
+def page(suites: dict[str, Parts]) -> str:
+    """The whole page: suites between marks, each with its training, its methods, then its tables."""
+    first = ("", TRAINING, SHARING, METHODS)
+    texts = [HEAD]
+    for name, parts in suites.items():
+        order = sorted(parts, key=lambda title: first.index(title) if title in first else len(first))
+        body = "\n\n".join(parts[title] for title in order)
+        texts.append(f"<!-- suite: {name} -->\n{body}\n\n<!-- end: {name} -->\n")
+    return "\n".join(texts)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,11 +114,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--note", default="", help="a sentence for these suites, such as cores and threads")
-    parser.add_argument("--keep", action="store_true", help="keep the sections of other suites in FILE")
+    parser.add_argument("--keep", action="store_true", help="keep what FILE has and FOLDERs have not")
     options = parser.parse_args(arguments)
-    made = {folder.resolve().name: section(folder, options.note) for folder in options.folders}
-    before = options.out.read_text(encoding="utf-8") if options.keep and options.out.is_file() else ""
-    text = page({name: text for name, text in made.items() if text}, before)
+    kept = read(options.out.read_text(encoding="utf-8")) if options.keep and options.out.is_file() else {}
+    for folder in options.folders:
+        made = section(folder, options.note)
+        if made:
+            name = folder.resolve().name
+            kept[name] = {**kept.get(name, {}), **made}
+    text = page(kept)
     options.out.write_text(text, encoding="utf-8")
 
 

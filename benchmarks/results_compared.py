@@ -18,7 +18,7 @@ CURVES = ("recommended", "thorough", "distilled", "AdaMerging", "AdaMerging, agr
 
 
 def compared(folder: Path, command: str) -> list[str]:
-    """All that a comparison's folder has to show, as lines of Markdown.
+    """All that a comparison's folder has to show, as paragraphs and tables of Markdown.
 
     Args:
         folder: with `comparison.json`.
@@ -33,7 +33,7 @@ def compared(folder: Path, command: str) -> list[str]:
         *splits(run),
         *curves(run),
     ]
-    return [line for part in parts if part for line in (part, "")]
+    return [part for part in parts if part]
 
 
 def facts(run: Run, command: str) -> str:
