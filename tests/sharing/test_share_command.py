@@ -41,6 +41,10 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+ENDLESS = {"epochs": 10_000, "patience": 10_000}
+"""Settings of a training that only ends when it is ended."""
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "shared.safetensors")
 
@@ -401,9 +405,8 @@ def test_ctrl_c_ends_the_processes_in_words_and_what_is_finished_is_kept(
     assert cli("share", sharing(threads=1), "--tasks", "sizes").code == 0
     path = sharing(threads=1)
     fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    endless = {"epochs": 10_000, "patience": 10_000}
-    fields["tasks"]["colours"]["settings"] = endless
-    fields["tasks"]["third"] = {**fields["tasks"]["sizes"], "settings": endless}
+    fields["tasks"]["colours"]["settings"] = ENDLESS
+    fields["tasks"]["third"] = {**fields["tasks"]["sizes"], "settings": ENDLESS}
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
     program = "from adamerging.cli import program; program()"
     command = [sys.executable, "-c", program, "share", str(path), "--jobs", "2"]
@@ -415,6 +418,44 @@ def test_ctrl_c_ends_the_processes_in_words_and_what_is_finished_is_kept(
     assert running.returncode == 130 and "goes on with the others" in said, said
     assert "Traceback" not in said and not (tmp_path / "shared.tasks" / "third" / "penalty-1").exists()
     assert (tmp_path / "shared.tasks" / "sizes" / "penalty-1" / "finetune.json").is_file()
+
+
+def test_a_run_of_processes_that_was_killed_goes_on_with_the_same_bits(
+    cli: Cli, sharing: Recipe, tmp_path: Path
+) -> None:
+    path = sharing(threads=1)
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    slow = {
+        **fields,
+        "tasks": {**fields["tasks"], "third": {**fields["tasks"]["sizes"], "settings": ENDLESS}},
+    }
+    path.write_text(yaml.safe_dump(slow), encoding="utf-8")
+    command = [sys.executable, "-c", "from adamerging.cli import program; program()", "share", str(path)]
+    running = subprocess.Popen([*command, "--jobs", "2"], stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    work = tmp_path / "shared.tasks"
+    while not (work / "sizes" / "penalty-1" / "finetune.json").is_file():
+        assert running.stderr.readline(), "it ended by itself"
+    running.kill()
+    running.communicate(timeout=300)  # which also waits for the processes: they hold its other end
+    assert not (work / "third" / "penalty-1").exists() and not (tmp_path / "shared").exists()
+    slow["tasks"]["third"] = fields["tasks"]["sizes"]
+    path.write_text(yaml.safe_dump(slow), encoding="utf-8")
+    rest = found(cli("share", path, "--jobs", 2, "--json"))
+    status = {trial["task"]: trial["status"] for trial in rest["trials"]}
+    assert status["sizes"] == "kept" and status["third"] == "trained"
+    assert cli("share", path, "--out", tmp_path / "whole").code == 0
+    for name in slow["tasks"]:
+        assert same(work / name / "penalty-1", tmp_path / "whole.tasks" / name / "penalty-1")
+
+
+def test_training_stops_early_and_keeps_the_best_epoch(cli: Cli, sharing: Recipe, tmp_path: Path) -> None:
+    path = sharing(gates={"penalty": 0.0}, settings={**QUICK, "epochs": 60, "patience": 3})
+    trial = found(cli("share", path, "--tasks", "colours", "--json"))["trials"][0]
+    record = json.loads((tmp_path / "shared.tasks" / "colours" / "penalty-0" / "finetune.json").read_text())
+    scores = [row["val_accuracy"] for row in record["history"]]
+    assert len(scores) < 60 and scores.index(max(scores)) == len(scores) - 4
+    assert trial["val_accuracy"] == max(scores)
 
 
 def test_mixed_precision_trains_changes_in_float32(cli: Cli, sharing: Recipe, tmp_path: Path) -> None:
