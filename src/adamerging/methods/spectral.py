@@ -130,15 +130,32 @@ def _eigen(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def orthogonalise(columns: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns, ``(m, q) → (m, q)``; dependent columns stay dependent.
 
-    The polar factor U (UᵀU)^(-1/2), with the pseudo-inverse where columns are linearly dependent.
+    The polar factor U (UᵀU)^(-1/2), with the pseudo-inverse where columns are linearly dependent. Columns of
+    zeros stay zero.
     """
+    there = columns.any(0)
+    if not there.all():
+        result = torch.zeros_like(columns)
+        if there.any():
+            result[:, there] = orthogonalise(columns[:, there])
+        return result
     gram = columns.T @ columns
-    [inverse] = kept("inverse square root", gram, {"inverse": tuple(gram.shape)}, _inverse_root)
+    compute = partial(_inverse_root, columns=columns)
+    [inverse] = kept("inverse square root of a Gram matrix", gram, {"inverse": tuple(gram.shape)}, compute)
     return columns @ inverse
 
 
-def _inverse_root(gram: Tensor) -> tuple[Tensor]:
-    """The pseudo-inverse of a Gram matrix's square root, ``(q, q) → (q, q)``."""
+def _inverse_root(gram: Tensor, columns: Tensor) -> tuple[Tensor]:
+    """The pseudo-inverse of a Gram matrix's square root, ``(q, q) → (q, q)``.
+
+    The eigenvalues of the Gram matrix are squares, and of one below 1e-10 of the largest few digits are left.
+    As many columns as rows come that close to dependence by chance (of a hundred 768 × 768 about one does),
+    and their direction counts as much as any other: then singular values of the columns themselves decide.
+    """
     squares, vectors = torch.linalg.eigh(gram)
-    present = squares > squares.max() * 1e-10
-    return ((vectors * torch.where(present, squares, 1.0).rsqrt() * present) @ vectors.T,)
+    values, least = squares.clamp_min(0).sqrt(), 1e-5
+    if values.min() <= values.max() * least:
+        _, values, rows = torch.linalg.svd(columns, full_matrices=False)
+        vectors, least = rows.T, 1e-9
+    present = values > values.max() * least
+    return ((vectors * torch.where(present, 1 / values, 0.0)) @ vectors.T,)
