@@ -4,6 +4,7 @@
     python benchmarks/methods_peer.py --only ties,tsv_m    some of them
     python benchmarks/methods_peer.py --limit 1800         no run takes longer than half an hour
     python benchmarks/methods_peer.py --dir models         keeps models and results; goes on where it stopped
+    python benchmarks/methods_peer.py --only wudi,wudi_adam --layers 2 --descent 30      a short look at WUDI
 
 Experts are of the shape of CLIP's ViT-B/32 image encoder, in float32, with random task vectors: of every
 matrix a low rank and some noise, as fine-tuning leaves it. Every run is a process of its own. Timed is the
@@ -27,12 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from adaptation import PEER_VERSION, Peak, peer_python
 
+DESCENT = "DESCENT"
+"""In a row's options: the steps of `--descent`."""
 CONVOLUTION = ["*text_projection*", "*patch_embedding*"]
 
 
@@ -94,12 +97,16 @@ PAIRS = {
     "wudi_adam": Pair(
         "wudi",
         "WUDIMerging",
-        {"iter_num": 300},
-        {"matrices": "all", "solver": "adam", "as_vectors": CONVOLUTION},
-        bound="300 steps of Adam",
+        {"iter_num": DESCENT},
+        {"matrices": "all", "solver": "adam", "steps": DESCENT, "as_vectors": CONVOLUTION},
+        bound="the same steps of Adam",
     ),
     "wudi": Pair(
-        "wudi", "WUDIMerging", {"iter_num": 300}, {"matrices": "all", "as_vectors": CONVOLUTION}, same=False
+        "wudi",
+        "WUDIMerging",
+        {"iter_num": DESCENT},
+        {"matrices": "all", "as_vectors": CONVOLUTION},
+        same=False,
     ),
 }
 """By row; `wudi` is our closed form beside their descent, `wudi_adam` the same descent in both."""
@@ -159,13 +166,24 @@ def change(shape: Any, generator: Any, rank: int = 16) -> Any:
 
 
 def models_folder(args: argparse.Namespace) -> Path:
-    """Where the models of this size lie, and what was found of them."""
+    """Where the models of this size lie."""
     return Path(args.dir) / f"layers_{args.layers}"
+
+
+def results_folder(args: argparse.Namespace) -> Path:
+    """Where what was found of them lies; another number of steps is another experiment."""
+    steps = "" if args.descent == 300 else f"_descent_{args.descent}"
+    return models_folder(args) / f"results_{args.experts}{steps}"
 
 
 def names(count: int) -> list[str]:
     """Folders of base and experts."""
     return ["base", *(f"expert{n:02d}" for n in range(count))]
+
+
+def with_steps(options: dict[str, Any], steps: int) -> dict[str, Any]:
+    """A row's options with the number of steps asked for."""
+    return {name: steps if value == DESCENT else value for name, value in options.items()}
 
 
 def run_ours(pair: Pair, folder: Path, count: int, out: Path) -> dict[str, float]:
@@ -227,7 +245,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, models_folder(args)
-        self.results = self.folder / f"results_{args.experts}"
+        self.results = results_folder(args)
         self.results.mkdir(parents=True, exist_ok=True)
 
     def run(self, row: str, side: str, python: str | Path) -> dict[str, Any]:
@@ -245,6 +263,7 @@ class Bench:
     def _once(self, row: str, side: str, python: str | Path) -> dict[str, Any]:
         command = [str(python), __file__, "--inner", side, "--only", row, "--dir", str(self.args.dir)]
         command += ["--experts", str(self.args.experts), "--layers", str(self.args.layers)]
+        command += ["--descent", str(self.args.descent)]
         environment = {
             **os.environ, "HF_HUB_OFFLINE": "1", "ADAMERGING_DECOMPOSITIONS_GB": "0",
             "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": "",
@@ -302,6 +321,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"rows, separated by commas: {', '.join(PAIRS)}")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12, help="fewer for a trial")
+    parser.add_argument("--descent", type=int, default=300, help="steps of WUDI's descent, 300 as published")
     parser.add_argument("--runs", type=int, default=1, help="of each, for medians")
     parser.add_argument("--limit", type=float, default=7200, help="seconds that one run may take")
     parser.add_argument("--dir", default=str(Path(tempfile.gettempdir()) / "adamerging-methods"))
@@ -317,8 +337,12 @@ def main() -> None:
 
     if args.inner:
         folder, pair = models_folder(args), PAIRS[rows[0]]
-        out = folder / f"results_{args.experts}" / f"{rows[0]}.{args.inner}.safetensors"
+        out = results_folder(args) / f"{rows[0]}.{args.inner}.safetensors"
         run = run_ours if args.inner == "ours" else run_theirs
+        steps = args.descent
+        pair = replace(
+            pair, options=with_steps(pair.options, steps), arguments=with_steps(pair.arguments, steps)
+        )
         print(json.dumps(run(pair, folder, args.experts, out)))
         return
     peer = args.peer_env / "bin" / "python" if args.peer_env else peer_python()
