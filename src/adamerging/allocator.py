@@ -34,7 +34,10 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give back what is kept: after building many models of which little remains, most of it is holes."""
+    """Give back what is kept, also between pieces in use.
+
+    After building many models, or learning one, of which little remains, most of the heap is holes.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

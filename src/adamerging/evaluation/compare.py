@@ -16,6 +16,7 @@ from .. import __version__
 from ..adaptation.cache import key as content_key
 from ..adaptation.loop import InterruptedRun
 from ..adaptation.state import discard_state
+from ..allocator import give_back_freed_memory
 from ..errors import AdamergingError, UsageError
 from ..geometry import geometry
 from ..recipe import Recipe, Settings, load_recipe
@@ -223,6 +224,7 @@ class _Run:
         try:
             if planned.kind not in ("base", "expert") and self._explains(planned):
                 self._ask_experts(planned.tasks)
+            give_back_freed_memory()  # of the row before, whose memory this one's figure would show
             with PeakMemory() as memory:
                 made, update = self._made(planned, maker, state)
             row = row.model_copy(update=update)
