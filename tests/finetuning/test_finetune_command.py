@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def test_lora_writes_an_adapter_that_merges(
 ) -> None:
     pytest.importorskip("peft")
     path = recipe(settings={**QUICK, "epochs": 6, "lora": {"rank": 2}})
-    done = cli("finetune", path, "--json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # what libraries say to each other is not for users
+        done = cli("finetune", path, "--json")
     assert done.code == 0, done.err
     assert all(each["val_accuracy"] > 0.4 for each in json.loads(done.out)["experts"])
     folder = tmp_path / "experts" / "colours"

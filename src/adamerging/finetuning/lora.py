@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def adapted(
         task_type=task_type,
     )
     try:
-        wrapped: Any = get_peft_model(module, config)
+        with warnings.catch_warnings():  # of transformers, to peft: it asks by a name that is out of date
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            wrapped: Any = get_peft_model(module, config)
     except ValueError as error:
         raise UsageError(
             f"lora: {error}; give lora.targets, ends of the names of the layers to adapt"
