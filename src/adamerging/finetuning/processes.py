@@ -50,10 +50,14 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     said: SimpleQueue[tuple[str, str]] = context.SimpleQueue()
+    jobs = min(jobs, max(1, len(calls)))
     with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads, said)) as pool:
         try:
             with _deaf():
                 running = {pool.submit(_call, work, given): name for name, given in calls.items()}
+                # The pool notices the end of those processes alone that it knew when it was last woken, which
+                # a submission does before it starts one: this one starts none.
+                pool.submit(_nothing)
             _watch(running, said, say)
         except BaseException:
             for process in set(multiprocessing.active_children()) - others:
@@ -101,6 +105,10 @@ def _call(work: Callable[..., None], given: tuple[Any, ...]) -> None:
     assert _said is not None
     queue = _said
     work(lambda task, line: queue.put((task, line)), *given)
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextmanager
