@@ -172,8 +172,7 @@ def models_folder(args: argparse.Namespace) -> Path:
 
 def results_folder(args: argparse.Namespace) -> Path:
     """Where what was found of them lies; another number of steps is another experiment."""
-    steps = "" if args.descent == 300 else f"_descent_{args.descent}"
-    return models_folder(args) / f"results_{args.experts}{steps}"
+    return models_folder(args) / f"results_{args.experts}_descent_{args.descent}"
 
 
 def names(count: int) -> list[str]:

@@ -58,9 +58,9 @@ def training(folder: Path, suite: Suite | None, command: str) -> Parts:
     if found:
         stages = f"`{command} --stage finetune`, `--stage baselines`"
         about = [f"{name}: {one.about}" for name, one in suite.baselines.items()] if suite else []
-        known = ["\n".join(f"- {line}" for line in about if line.partition(":")[0] in found)]
-        lines = [f"Accuracy on the whole test sets. {stages}", *filter(None, known), trained(found, order)]
-        parts[TRAINING] = "\n\n".join(lines)
+        known = "\n".join(f"- {line}" for line in about if line.partition(":")[0] in found)
+        lines = [f"Accuracy on the whole test sets. {stages}", known, trained(found, order)]
+        parts[TRAINING] = "\n\n".join(filter(None, lines))
     sharing = shared(folder, order, found)
     if sharing:
         where = f"see [Sharing layers](sharing.md). `{command} --stage share`"
@@ -84,15 +84,13 @@ def comparisons(folder: Path, suite: Suite | None, command: str) -> Parts:
     return parts
 
 
-def read(page: str) -> dict[str, Parts]:
+def read(text: str) -> dict[str, Parts]:
     """The suites of a page that was made before."""
     suites = {}
-    for match in _SECTION.finditer(page):
-        pieces = re.split(r"^(?=### )", match[2], flags=re.MULTILINE)
-        suites[match[1]] = {
-            piece.partition("\n")[0].removeprefix("### "): piece.strip() for piece in pieces[1:]
-        }
-        suites[match[1]] = {"": pieces[0].strip(), **suites[match[1]]}
+    for name, body in _SECTION.findall(text):
+        head, *pieces = re.split(r"^### ", body, flags=re.MULTILINE)
+        titled = {piece.partition("\n")[0]: f"### {piece.strip()}" for piece in pieces}
+        suites[name] = {"": head.strip(), **titled}
     return suites
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -43,6 +43,15 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 ENDLESS = {"epochs": 10_000, "patience": 10_000}
 """Settings of a training that only ends when it is ended."""
+
+
+def start_two_processes(path: Path) -> tuple[subprocess.Popen[str], IO[str]]:
+    """`share --jobs 2` at a command line of its own, and what it says."""
+    program = "from adamerging.cli import program; program()"
+    command = [sys.executable, "-c", program, "share", str(path), "--jobs", "2"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert running.stderr is not None
+    return running, running.stderr
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -408,13 +417,10 @@ def test_ctrl_c_ends_the_processes_in_words_and_what_is_finished_is_kept(
     fields["tasks"]["colours"]["settings"] = ENDLESS
     fields["tasks"]["third"] = {**fields["tasks"]["sizes"], "settings": ENDLESS}
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
-    program = "from adamerging.cli import program; program()"
-    command = [sys.executable, "-c", program, "share", str(path), "--jobs", "2"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert running.stderr is not None
-    assert "epoch" in running.stderr.readline()
+    running, heard = start_two_processes(path)
+    assert "epoch" in heard.readline()
     os.killpg(running.pid, signal.SIGINT)
-    said = running.communicate(timeout=300)[1]
+    said = running.communicate(timeout=60)[1]
     assert running.returncode == 130 and "goes on with the others" in said, said
     assert "Traceback" not in said and not (tmp_path / "shared.tasks" / "third" / "penalty-1").exists()
     assert (tmp_path / "shared.tasks" / "sizes" / "penalty-1" / "finetune.json").is_file()
@@ -430,14 +436,12 @@ def test_a_run_of_processes_that_was_killed_goes_on_with_the_same_bits(
         "tasks": {**fields["tasks"], "third": {**fields["tasks"]["sizes"], "settings": ENDLESS}},
     }
     path.write_text(yaml.safe_dump(slow), encoding="utf-8")
-    command = [sys.executable, "-c", "from adamerging.cli import program; program()", "share", str(path)]
-    running = subprocess.Popen([*command, "--jobs", "2"], stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
+    running, heard = start_two_processes(path)
     work = tmp_path / "shared.tasks"
     while not (work / "sizes" / "penalty-1" / "finetune.json").is_file():
-        assert running.stderr.readline(), "it ended by itself"
+        assert heard.readline(), "it ended by itself"
     running.kill()
-    running.communicate(timeout=300)  # which also waits for the processes: they hold its other end
+    running.communicate(timeout=60)  # which also waits for the processes: they hold its other end
     assert not (work / "third" / "penalty-1").exists() and not (tmp_path / "shared").exists()
     slow["tasks"]["third"] = fields["tasks"]["sizes"]
     path.write_text(yaml.safe_dump(slow), encoding="utf-8")
