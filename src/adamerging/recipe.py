@@ -289,6 +289,8 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
             if isinstance(spec, dict) and isinstance(spec.get(key), str):
                 spec[key] = beside(recipe.parent, spec[key])
     compare = fields.get("compare")
+    if isinstance(compare, dict) and isinstance(compare.get("models"), dict):
+        compare["models"] = {k: _each_beside(recipe.parent, v) for k, v in compare["models"].items()}
     unseen = compare.get("unseen") if isinstance(compare, dict) else None
     others = unseen.get("tasks") if isinstance(unseen, dict) else None
     for spec in others.values() if isinstance(others, dict) else ():
@@ -300,6 +302,13 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
     mask = adapt.get("mask") if isinstance(adapt, dict) else None
     if isinstance(mask, dict) and isinstance(mask.get("logits"), str):
         mask["logits"] = beside(recipe.parent, mask["logits"])
+
+
+def _each_beside(folder: Path, model: Any) -> Any:
+    """A path, or paths by task, taken from the folder where they are."""
+    if isinstance(model, dict):
+        return {task: _each_beside(folder, path) for task, path in model.items()}
+    return beside(folder, model) if isinstance(model, str) else model
 
 
 def _settings_of(adapt: Any) -> Mapping[str, Any]:

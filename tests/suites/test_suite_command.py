@@ -78,7 +78,15 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_base: Path) -> Non
                 "recipe": {"transductive": True, "each": {"adapt": "${data}/toys/${task}/test.jsonl"}},
                 "compare": {"limit": 5, "why": False, "methods": ["small ties", {"short": SHORT}]},
             },
-            "few": {"about": "Few samples.", "compare": {"limit": 3, "why": False, "methods": ["ties"]}},
+            "few": {
+                "about": "Few samples.",
+                "compare": {
+                    "limit": 3,
+                    "why": False,
+                    "methods": ["ties"],
+                    "models": {"multi-task": "${out}/multitask"},
+                },
+            },
         },
         "baselines": {
             "probe": {"about": "Heads alone.", "recipe": {"settings": {"freeze": ["*"]}}},
@@ -183,13 +191,15 @@ def test_tables_are_run_each_into_a_folder_of_its_own(cli: Cli, data: Path, made
     assert not (made / "compare").exists()
     few = load_run(made / "compare-few")
     assert {row.label for row in few.rows if row.kind == "static"} == {"ties"}
+    (joint,) = [row for row in few.rows if row.kind == "plain"]
+    assert [(score.task, score.samples) for score in joint.scores] == [("colours", 3), ("sizes", 3)]
     assert "--table few" in few.comparison.settings["command"]
     learned = load_run(made / "compare-transductive").rows[-2:]
     assert [(row.label, row.transductive) for row in learned] == [("small ties", False), ("short", True)]
     assert learned[0].settings["scale"] == 0.1
     assert {score.samples for score in learned[1].scores} == {5}
     again = cli(*words, "few", "--json")
-    assert "5 rows, 5 of them kept" in again.err
+    assert "6 rows, 6 of them kept" in again.err
     assert json.loads(again.out)["compare-few"]["complete"]
 
 

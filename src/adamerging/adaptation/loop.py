@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -365,9 +365,15 @@ def estimate_statistics(learners: Sequence[Learner], device: torch.device, round
 
 def autocast(settings: Precise, body: Body) -> AbstractContextManager[Any]:
     """The precision of forward passes; a float64 model keeps its own."""
-    doubled = any(tensor.dtype == torch.float64 for tensor in body.tensors.values())
-    if settings.precision == "bfloat16" and not doubled:
-        return torch.autocast(body.device.type, torch.bfloat16)
+    return forward_precision(settings.precision, body.tensors.values(), body.device)
+
+
+def forward_precision(
+    precision: str, tensors: Iterable[Tensor], device: torch.device
+) -> AbstractContextManager[Any]:
+    """As `autocast`, of a model's tensors on a device."""
+    if precision == "bfloat16" and all(tensor.dtype != torch.float64 for tensor in tensors):
+        return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
 from ..validation import Problems, make
 from .bench import Bench, Reference, Seat, class_names_of, normalised, reference_of
+from .beside import Beside, open_beside
 from .choosing import choose
 from .entries import wanted
 from .explaining import explain, explains
 from .making import Made, Maker
 from .outsiders import Outsiders, plan_outsiders, seat_outsiders
-from .planning import Outlook, Planned, outlook, plan_rows, scoring_of
-from .records import CLEAN, Comparison, Row, ScoreRecord, TaskRecord
+from .planning import AVERAGE, BASE, Outlook, Planned, outlook, plan_rows, scoring_of
+from .records import CLEAN, EXPERTS, Comparison, Row, ScoreRecord, TaskRecord
 from .settings import CompareSettings
 from .shift import check_shift
 from .shifted import adapted_anew
@@ -91,7 +92,8 @@ def compare(
     vectors = prepared.vectors
     tasks = make_tasks(recipe.tasks, vectors.experts, vectors.base, transductive=recipe.transductive)
     tasks = in_order(tasks, vectors.tasks)
-    outsiders = _checked(chosen, tasks, prepared)
+    labels = {BASE, EXPERTS, AVERAGE, *(item.label for item in asked)}
+    outsiders, models = _checked(chosen, tasks, prepared, labels)
     folder = RunFolder(out)
     device = recipe.adapt.device if recipe.adapt is not None else "cpu"
     with folder.locked(), Workers(prepared.settings.threads) as workers:
@@ -99,16 +101,22 @@ def compare(
         bench = Bench(prepared, tasks, chosen, workers, device)
         seat_outsiders(bench, outsiders, say)
         planned = plan_rows(
-            vectors.tasks, bench.scored_tasks(), asked, chosen.seeds, list(outsiders.tasks), outsiders.groups
-        )
+            vectors.tasks, bench.scored_tasks(), asked, chosen.seeds, list(outsiders.tasks), outsiders.groups,
+            models,
+        )  # fmt: skip
         there = {row.name for row in planned if folder.find_row(row.name, row.key(bench)) is not None}
         on_plan(outlook(planned, there))
         return _Run(recipe, bench, folder, planned, say, on_row, command).run()
 
 
-def _checked(settings: CompareSettings, tasks: Sequence[Task], prepared: Prepared) -> Outsiders:
+def _checked(
+    settings: CompareSettings, tasks: Sequence[Task], prepared: Prepared, labels: Collection[str]
+) -> tuple[Outsiders, list[Beside]]:
     """Refuse what makes no sense for these tasks, all of it at once, before anything is computed."""
-    problems, outsiders = Problems(), Outsiders()
+    problems, outsiders, models = Problems(), Outsiders(), list[Beside]()
+    with problems.gathered():
+        scored = [task.name for task in tasks if task.evaluate is not None]
+        models = open_beside(settings.models, scored, labels, base=prepared.vectors.base)
     with problems.gathered():
         if settings.shift is not None:
             check_shift(settings.shift, tasks)
@@ -117,7 +125,7 @@ def _checked(settings: CompareSettings, tasks: Sequence[Task], prepared: Prepare
     with problems.gathered():
         check_slice(settings, tasks)
     problems.refuse("compare")
-    return outsiders
+    return outsiders, models
 
 
 def open_recipe(recipe: Recipe) -> Prepared:
@@ -219,6 +227,8 @@ class _Run:
             own = {(name, False) for name in planned.tasks}
             scores = [s for s in whole.scores if s.condition == CLEAN and (s.task, s.unseen) in own]
             return whole.model_copy(update={"group": planned.group, "key": key, "scores": scores, "why": {}})
+        if planned.beside is not None:
+            return self._beside(planned.beside, row)
         state = self.folder.state(content_key(key))
         maker = Maker(self.bench, planned.experts, say=self.say)
         try:
@@ -249,6 +259,16 @@ class _Run:
                 "parameters": made.parameters,
             }
         )
+
+    def _beside(self, model: Beside, row: Row) -> Row:
+        """The row of a model made elsewhere: there is nothing to make."""
+        give_back_freed_memory()
+        try:
+            scores = normalised(list(model.scores(self.bench, self.recipe.tasks)), self.references)
+        except AdamergingError as error:
+            return row.model_copy(update={"failed": str(error)})
+        folders = {task: str(folder) for task, folder in model.folders.items()}
+        return row.model_copy(update={"scores": scores, "settings": {"model": folders}})
 
     def _explains(self, planned: Planned) -> bool:
         """Whether a row is explained: those of all experts are."""

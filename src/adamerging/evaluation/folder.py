@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..adaptation.cache import fingerprint
+from ..adaptation.loop import forward_precision
 from ..adaptation.scoring import EXPERT
 from ..adaptation.session import make_device
 from ..errors import UsageError
@@ -19,7 +20,7 @@ from ..output.folder import RECORD
 from ..serving import load
 from ..tasks.resolve import make_task
 from ..tasks.spec import TaskSpec
-from ..tasks.task import Task
+from ..tasks.task import Samples, Task
 from ..validation import make
 from ..weights import Weights, open_weights
 from ..weights.shared_store import is_store
@@ -31,7 +32,7 @@ from .scores import measure, score_record
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedModel:
     """A model that tasks can be made for.
 
     Attributes:
@@ -43,6 +44,26 @@ class _Opened:
     tasks: tuple[str, ...] | None
     parts: Callable[[str], tuple[Weights, Weights, Mapping[str, Any]]]
     complete: Callable[[Task, nn.Module], tuple[Task, str]] = lambda task, _: (task, "")
+
+    def ready(self, name: str, spec: TaskSpec, device: torch.device) -> tuple[Task, nn.Module, str]:
+        """A task, its module on the device, and the fingerprint of both.
+
+        Args:
+            name: of the task.
+            spec: its data; what the folder says of the task holds where this is silent.
+            device: where to compute.
+
+        Raises:
+            UsageError: data that cannot be read, labels outside the head's range.
+            WeightsError: the module cannot be built.
+        """
+        part, body, stated = self.parts(name)
+        known = {key: value for key, value in stated.items() if key in TaskSpec.model_fields}
+        given = spec.model_dump(exclude_unset=True)
+        task = make_task(name, TaskSpec.model_validate({**known, **given}), part, body)
+        module = task.skeleton(part, body).to(device)
+        task, mark = self.complete(task, module)
+        return task, module.to(device), fingerprint(module.state_dict()) + mark
 
 
 def evaluate(
@@ -78,14 +99,14 @@ def evaluate(
             the head's range.
         WeightsError: the folder cannot be opened, or its record is damaged.
     """
-    specs = {name: _spec(name, value) for name, value in tasks.items()}
+    specs = {name: scored_spec(name, value) for name, value in tasks.items()}
     if not specs:
         raise UsageError("no task to score on: give labelled data, as NAME=FILE")
     unlabelled = [name for name, spec in specs.items() if spec.evaluate is None]
     if unlabelled:
         raise UsageError(f"no labelled data to score on for {', '.join(unlabelled)}; give evaluate")
     path = Path(folder).expanduser()
-    opened = _open(path, base)
+    opened = open_model(path, base)
     if opened.tasks is not None:
         lacking = [name for name in specs if name not in opened.tasks]
         if lacking:
@@ -100,12 +121,13 @@ def evaluate(
         )
     scores, prints, data = [], {}, {}
     where = make_device(device)
-    for name, task, module, mark in _ready(opened, specs, where):
+    for name, spec in specs.items():
         say(f"scores: {name}")
-        prints[name] = fingerprint(module.state_dict()) + mark
+        task, module, prints[name] = opened.ready(name, spec, where)
         assert task.evaluate is not None
-        data[name] = first(task.evaluate, limit).fingerprint
-        scores.append(_score(task, module.to(where), prints[name], where, limit, bootstrap))
+        samples = first(task.evaluate, limit)
+        data[name] = samples.fingerprint
+        scores.append(score_module(task, module, prints[name], samples, where, bootstrap=bootstrap))
     known = _recorded(path, data)
     for name, expert in (experts or {}).items():
         say(f"scores: the expert of {name}")
@@ -148,15 +170,25 @@ def tasks_of(folder: str | Path) -> tuple[str, ...] | None:
     return load(path).tasks if _was_merged(path) else None
 
 
-def _open(path: Path, base: Any) -> _Opened:
+def open_model(path: Path, base: Any = None) -> OpenedModel:
+    """Open a folder for its tasks.
+
+    Args:
+        path: of a merge, a store, or one model.
+        base: of a LoRA adapter.
+
+    Raises:
+        UsageError: an adapter without its base.
+        WeightsError: the folder cannot be opened, or its record is damaged.
+    """
     if _was_merged(path):
         merged = load(path)
-        return _Opened(merged.tasks, merged.parts, merged.complete)
+        return OpenedModel(merged.tasks, merged.parts, merged.complete)
     own_base = open_weights(base) if base is not None else None
     weights = open_weights(path, base=own_base)
     if weights.low_rank and own_base is None:
         raise UsageError(f"{path} is an adapter: name the base that it belongs to (--base)")
-    return _Opened(None, lambda name: (weights, own_base or weights, {}))
+    return OpenedModel(None, lambda name: (weights, own_base or weights, {}))
 
 
 def _was_merged(path: Path) -> bool:
@@ -173,40 +205,53 @@ def _was_merged(path: Path) -> bool:
     return not isinstance(found, dict) or found.get("kind") != "export"
 
 
-def _ready(
-    opened: _Opened, specs: Mapping[str, TaskSpec], where: torch.device
-) -> Iterator[tuple[str, Task, nn.Module, str]]:
-    """The tasks with their modules and what marks their parts, one model in memory at a time."""
-    for name, spec in specs.items():
-        part, body, stated = opened.parts(name)
-        known = {key: value for key, value in stated.items() if key in TaskSpec.model_fields}
-        given = spec.model_dump(exclude_unset=True)
-        task = make_task(name, TaskSpec.model_validate({**known, **given}), part, body)
-        module = task.skeleton(part, body).to(where)
-        task, mark = opened.complete(task, module)
-        yield name, task, module, mark
-
-
-def _score(
-    task: Task, module: nn.Module, model: str, device: torch.device, limit: int | None, bootstrap: int
+def score_module(
+    task: Task,
+    module: nn.Module,
+    model: str,
+    samples: Samples,
+    device: torch.device,
+    *,
+    bootstrap: int,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    condition: str = CLEAN,
 ) -> ScoreRecord:
-    assert task.evaluate is not None
-    samples = first(task.evaluate, limit)
+    """Score a model with its own head.
+
+    Args:
+        task: how the model is run.
+        module: the model, on the device.
+        model: its fingerprint.
+        samples: labelled.
+        device: where it is.
+        bootstrap: resamples behind the interval.
+        precision: of the forward passes.
+        condition: what the samples are.
+
+    Raises:
+        NonFiniteError: NaN or infinity among the logits.
+    """
     config = getattr(module, "config", None)
-    name = result_key(model, str(config), task, samples)
+    name = result_key(model, str(config), task, samples, precision)
     result = find(name, len(samples), logits=False)
     if result is None:
-        logits = logits_from(module, task, Feed(task, samples), device)
+        with forward_precision(precision, module.parameters(), device):
+            logits = logits_from(module, task, Feed(task, samples), device)
         result = Result(measure(logits, samples), logits.argmax(-1))
         keep(name, result)
-    return score_record(task.name, result.metrics, bootstrap)
+    return score_record(task.name, result.metrics, bootstrap, condition)
 
 
-def _spec(name: str, value: TaskSpec | Mapping[str, Any] | str | Path) -> TaskSpec:
+def scored_spec(name: str, value: TaskSpec | Mapping[str, Any] | str | Path) -> TaskSpec:
+    """A task as it is scored: nothing is learned, so that it needs no other data.
+
+    Raises:
+        UsageError: keys or values that a task does not have.
+    """
     if isinstance(value, TaskSpec):
         found = value
     elif isinstance(value, Mapping):
         found = make(TaskSpec, value, f"task '{name}'")
     else:
         found = TaskSpec(evaluate=str(value))
-    return found.model_copy(update={"adapt": None})  # nothing is learned here
+    return found.model_copy(update={"adapt": None})

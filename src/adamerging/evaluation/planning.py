@@ -9,6 +9,7 @@ from typing import Any
 from ..adaptation.cache import key
 from ..adaptation.settings import AdaptSettings
 from .bench import Bench
+from .beside import Beside
 from .cache import VERSION
 from .entries import Wanted
 from .records import RowKind
@@ -30,6 +31,7 @@ class Planned:
         wanted: how to merge; None for base, expert and average.
         tasks: that are scored under their own heads.
         unseen: that are scored as tasks that no expert saw.
+        beside: the model made elsewhere; None for what is made here.
     """
 
     label: str
@@ -40,6 +42,7 @@ class Planned:
     seed: int | None = None
     group: str | None = None
     unseen: tuple[str, ...] = ()
+    beside: Beside | None = None
 
     @property
     def name(self) -> str:
@@ -48,7 +51,7 @@ class Planned:
 
     def key(self, bench: Bench) -> str:
         """Hash of all that it is computed from."""
-        entry = None
+        entry: Any = None
         if self.wanted is not None:
             entry = [
                 self.wanted.entry.choose_on if self.wanted.entry.sweep else None,
@@ -61,6 +64,8 @@ class Planned:
                     for candidate in self.wanted.candidates(self.seed)
                 ],
             ]
+        if self.beside is not None:
+            entry = self.beside.content(bench)
         transductive = None if self.wanted is None else self.wanted.recipe.transductive
         own: list[Any] = [self.kind, self.seed, self.group, self.experts, self.tasks, entry, transductive]
         outside = [bench.content_outside[name] for name in self.unseen]
@@ -128,8 +133,11 @@ def plan_rows(
     seeds: Sequence[int],
     unseen: Sequence[str] = (),
     groups: Sequence[Group] = (),
+    models: Sequence[Beside] = (),
 ) -> list[Planned]:
-    """The rows for all experts: base, each expert, the average, then what was asked for. Then the groups'.
+    """The rows for all experts: base, each expert, models made elsewhere, the average, then what was asked.
+
+    Then the groups'.
 
     Args:
         experts: names, in order.
@@ -138,6 +146,7 @@ def plan_rows(
         seeds: a learned or random merge has a row for each.
         unseen: tasks without an expert, which the rows for all experts are scored on too.
         groups: of experts to merge apart, each with a base and an average of its own.
+        models: made elsewhere.
     """
     everyone, scored, outside = tuple(experts), tuple(tasks), tuple(unseen)
     rows = [Planned(BASE, "base", (), scored, unseen=outside)]
@@ -146,6 +155,7 @@ def plan_rows(
         for name in scored
         if name in everyone
     ]
+    rows += [Planned(model.label, "plain", (), tuple(model.folders), beside=model) for model in models]
     rows.append(Planned(AVERAGE, "average", everyone, scored, unseen=outside))
     rows += merged_rows(everyone, scored, wanted, seeds, unseen=outside)
     for group in groups:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT = 1
 CLEAN = "clean"
+EXPERTS = "experts"
+"""Label of the row that is each expert on its own task."""
 _STRICT = ConfigDict(extra="forbid")
 
 RowKind = Literal["base", "expert", "average", "static", "learned", "plain"]
@@ -46,7 +48,7 @@ class Row(BaseModel):
     model_config = _STRICT
 
     label: str
-    kind: RowKind
+    kind: RowKind = Field(description="plain: a model that was made elsewhere.")
     seed: int | None = None
     group: str | None = Field(
         None, description="Rows of one leave-out split or subset, 'leave out: a, b'; None for all experts."

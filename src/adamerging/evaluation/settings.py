@@ -82,6 +82,11 @@ class CompareSettings(BaseModel):
         [],
         description="What to compare: methods or presets of adaptation, or {label: settings}.",
     )
+    models: dict[str, str | dict[str, str]] = Field(
+        {},
+        description="Models made elsewhere, scored beside the merged ones: {label: folder}, or "
+        "{label: {task: folder}}.",
+    )
     seeds: list[int] = Field([0], min_length=1, description="A learned or random method runs once a seed.")
     limit: int | None = Field(None, ge=1, description="Score on the first so many samples of each task.")
     precision: Literal["float32", "bfloat16", "auto"] = Field(

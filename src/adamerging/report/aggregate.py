@@ -9,10 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..evaluation.records import CLEAN, Row, ScoreRecord
-
-EXPERTS = "experts"
-"""Label of the row that is each expert on its own task."""
+from ..evaluation.records import CLEAN, EXPERTS, Row, ScoreRecord
 
 
 @dataclass(frozen=True, slots=True)

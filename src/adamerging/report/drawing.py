@@ -154,6 +154,8 @@ class Style:
             self.color, self.dash, self.width, self.strong = INK, (0, (4, 2)), 1.6, True
         elif line.kind == "base":
             self.dash, self.strong = (0, (1, 2)), True
+        elif line.kind == "plain":
+            self.color, self.dash, self.width, self.strong = INK, (0, (6, 2, 1, 2)), 1.2, True
         elif line.kind == "average":
             self.width, self.strong = 1.6, True
         elif line.rank is not None and line.rank < best:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..evaluation.records import CLEAN, Row
+from ..evaluation.records import CLEAN, EXPERTS, Row
 from .aggregate import (
-    EXPERTS,
     Spread,
     experts_row,
     mean_accuracy,
@@ -48,7 +47,7 @@ class Line:
     @property
     def merged(self) -> bool:
         """Whether it is a model made from the experts rather than a reference."""
-        return self.kind not in ("base", "expert")
+        return self.kind not in ("base", "expert", "plain")
 
     @property
     def counts(self) -> bool:
@@ -87,7 +86,7 @@ class Line:
 
 
 def lines_of(run: Run) -> list[Line]:
-    """Base, experts, average, then the merged models from the best to the worst; no rows of subsets."""
+    """Base, experts, models made elsewhere, average, then the merged ones, best first; no rows of subsets."""
     rows = [row for row in run.rows if row.group is None and row.scores]
     experts = experts_row(rows)
     tasks = seen_tasks(run)
@@ -97,6 +96,7 @@ def lines_of(run: Run) -> list[Line]:
     ]
     first = [line for line in groups if line.kind == "base"]
     first += [Line(EXPERTS, "expert", (experts,))] if experts is not None else []
+    first += [line for line in groups if line.kind == "plain"]
     rest = sorted((line for line in groups if line.merged), key=lambda line: -_quality(line, tasks))
     ranked = [
         Line(line.label, line.kind, line.rows, line.marks, rank)

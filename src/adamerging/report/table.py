@@ -122,7 +122,7 @@ def _row(line: Line, tasks: Sequence[str], unseen: Sequence[str], condition: str
     intervals = [normalised_interval(row, under) for row in line.rows]
     low = spread(None if found is None else found[0] for found in intervals)
     high = spread(None if found is None else found[1] for found in intervals)
-    seconds = spread(row.seconds for row in line.rows if line.kind not in ("base", "expert"))
+    seconds = spread(row.seconds for row in line.rows if line.merged)
     mean = line.mean(tasks) if condition is None else None
     kept = line.kept(tasks) if condition is None else None
     return [

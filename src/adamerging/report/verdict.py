@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..evaluation.records import EXPERTS
 from ..units import duration, size
-from .aggregate import EXPERTS, Spread
+from .aggregate import Spread
 from .document import listed, percent
 from .lines import MARKS, Line
 from .view import View

@@ -186,7 +186,8 @@ def fill(
         data: folder of the data sets, ``${data}``; None for a suite that needs none.
         out: folder of the results, ``${out}``.
         tasks: keep these tasks alone.
-        multitask: also train one body on all tasks jointly.
+        multitask: also train one body on all tasks jointly. A comparison names models made elsewhere only
+            where they are there, or will be by this.
         values: placeholders of the suite's own that get another text.
 
     Raises:
@@ -225,6 +226,9 @@ def fill(
         experts = {task: filled(section["experts"], task) for task in kept}
         return {**rest(section), "experts": experts, "tasks": by_task(section)}
 
+    def compared(section: Mapping[str, Any]) -> dict[str, Any]:
+        return _there(filled(_without(section, kept)), kept, whole=multitask)
+
     baselines = {}
     finetune = share = None
     if suite.finetune is not None:
@@ -240,11 +244,11 @@ def fill(
         finetune,
         share,
         {**common, **filled(suite.merge)},
-        {**common, "compare": filled(_without(suite.compare, kept))},
+        {**common, "compare": compared(suite.compare)},
         {
             name: {
                 **merged_by(_over(suite.recipe, table.recipe)),
-                "compare": filled(_without(_labelled(table.compare, suite.compare), kept)),
+                "compare": compared(_labelled(table.compare, suite.compare)),
             }
             for name, table in suite.tables.items()
         },
@@ -297,6 +301,23 @@ def _without(compare: Mapping[str, Any], kept: list[str]) -> dict[str, Any]:
         splits = [split for split in unseen["leave_out"] if set(split) <= set(kept)]
         result["unseen"] = {**unseen, "leave_out": splits or None}
     return result
+
+
+def _there(compare: dict[str, Any], kept: Sequence[str], *, whole: bool) -> dict[str, Any]:
+    """The comparison without the models that nobody has trained.
+
+    Args:
+        compare: with its paths.
+        kept: tasks, whose names their folders have.
+        whole: they will be trained.
+    """
+    models = {
+        label: folder
+        for label, folder in compare.get("models", {}).items()
+        if whole or any((Path(folder) / task).is_dir() for task in kept)
+    }
+    rest = {key: value for key, value in compare.items() if key != "models"}
+    return {**rest, "models": models} if models else rest
 
 
 def _filled(value: Any, known: Mapping[str, str], suite: Suite) -> Any:
