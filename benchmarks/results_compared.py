@@ -15,6 +15,14 @@ from adamerging.units import count, size
 
 CURVES = ("recommended", "thorough", "distilled", "AdaMerging", "AdaMerging, agreement")
 """Rows whose way to the result is shown."""
+FEW = {
+    "base": "the base",
+    "average": "the average of the experts",
+    "AdaMerging": "AdaMerging",
+    "recommended": "`recommended`",
+    "multi-task": "a model trained on all tasks with their labels",
+}
+"""Rows that the sentence in front is about, and how it calls them."""
 
 
 def compared(folder: Path, command: str) -> list[str]:
@@ -27,6 +35,7 @@ def compared(folder: Path, command: str) -> list[str]:
     run = load_run(folder)
     parts = [
         facts(run, command),
+        short(run),
         models(run),
         tasks(run),
         *(["Corrupted inputs, mean over the corrupted tasks:", shift(run)] if conditions(run) else []),
@@ -60,6 +69,26 @@ def facts(run: Run, command: str) -> str:
             f"{versions or f'adamerging {about.adamerging}'}.",
         ]
     )
+
+
+def short(run: Run) -> str:
+    """What a reader takes along who reads no table; nothing where too little is there."""
+    lines = lines_of(run)
+    kept = {line.label: found.mean for line in lines if (found := line.kept()) is not None}
+    said = [f"{name} {_percent(kept[label])} %" for label, name in FEW.items() if label in kept]
+    # Of one model, made without any labels: those with masks have one for each task.
+    static = [line.label for line in lines if line.kind == "static" and not line.marks and _single(line)]
+    ranked = sorted((label for label in static if label in kept), key=lambda label: -kept[label])
+    if ranked:
+        said.append(f"the best that learns nothing, {ranked[0]}, {_percent(kept[ranked[0]])} %")
+    return (
+        f"In short, the share of the experts' accuracy that is kept: {'; '.join(said)}." if said[1:] else ""
+    )
+
+
+def _single(line: Line) -> bool:
+    """Whether a line is one model for all tasks."""
+    return not any(note.startswith("no single model") for row in line.rows for note in row.warnings)
 
 
 def models(run: Run) -> str:

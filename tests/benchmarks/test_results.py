@@ -78,7 +78,12 @@ def suite(tmp_path: Path) -> Path:
     ]  # fmt: skip
     failed = {"label": "slerp", "kind": "static", "failed": "exactly 2 experts | no more"}
     best = row("swept", "static", 0.6, unseen, chosen_on="val")
-    write(folder / "compare", [row("base", "base", 0.4, unseen), *experts, best, failed, *learned], 9)
+    merged = [
+        best, failed, row("ties", "static", 0.56),
+        row("masks", "static", 0.64, warnings=["no single model: each task has its own"]),
+        row("multi-task", "plain", 0.76),
+    ]  # fmt: skip
+    write(folder / "compare", [row("base", "base", 0.4, unseen), *experts, *merged, *learned], 12)
     left: dict[str, Any] = {"label": "ties", "kind": "static", "group": "leave out: sizes"}
     left["scores"] = [score("colours", 0.5), score("sizes", 0.3, unseen=True)]
     write(folder / "compare-unseen", [row("base", "base", 0.4), left])
@@ -113,7 +118,9 @@ def test_every_record_has_its_place(suite: Path) -> None:
     assert "| multitask | 75.0 | 1.03 |" in found["Sharing layers"]
     methods = found["Methods"]
     assert "first 50 test samples of each task (100 samples of 2 tasks), seeds 0, 1. Inductive" in methods
-    assert "**Unfinished: 2 of 9 rows are missing.**" in methods
+    assert "is kept: the base 50.0 %; `recommended` 90.0 %; a model trained on all tasks" in methods
+    assert "with their labels 95.0 %; the best that learns nothing, ties, 70.0 %." in methods
+    assert "**Unfinished: 2 of 12 rows are missing.**" in methods
     assert "| recommended | 72.0 ±2.8 | 90.0 ±3.5 |" in methods and "| 60.0 | 900 MB | 1.2 k |" in methods
     assert "| swept [v] |" in methods and "failed: slerp: exactly 2 experts \\| no more" in methods
     assert "| 20 | 0.400 | 50.0 | 0.250 |" in methods and "recommended: on held-out inputs." in methods
