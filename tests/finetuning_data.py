@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from models import WORDS, as_sentence_encoder, save_bert
 from tiny_tasks import save_tokenizer
@@ -31,6 +33,22 @@ def write_texts(folder: Path, classes: int, counts: dict[str, int], seed: int = 
             words = [f"word{n}" for n in random.integers(10, 59, 3)] + [f"word{label}"]
             rows.append(json.dumps({"text": " ".join(words), "label": label}))
         (folder / f"{split}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+
+def recipe_of_two(path: Path, **fields: Any) -> Callable[..., Path]:
+    """Data of two text tasks beside `path`; gives a function that writes the recipe there, with changes."""
+    names = ("colours", "sizes")
+    for seed, name in enumerate(names):
+        write_texts(path.parent / "data" / name, 2 + seed, COUNTS, seed)
+    splits = ("train", "val", "test")
+    tasks = {name: {split: f"data/{name}/{split}.jsonl" for split in splits} for name in names}
+
+    def write(**changes: Any) -> Path:
+        whole = {**fields, "tasks": tasks, **changes}
+        path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
 
 
 def write_images(path: Path, classes: int, counts: dict[str, int], seed: int = 0) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from finetuning_data import COUNTS, QUICK, save_encoder, write_texts
+from finetuning_data import QUICK, recipe_of_two, save_encoder
 from tiny_tasks import save_vit
 
 
@@ -26,22 +24,4 @@ def image_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(tmp_path: Path, text_base: Path) -> Callable[..., Path]:
     """`recipe(**changes)`: the file of a recipe for two text tasks, with some of its keys changed."""
-    for seed, name in enumerate(("colours", "sizes")):
-        write_texts(tmp_path / "data" / name, 2 + seed, COUNTS, seed)
-
-    def write(**changes: Any) -> Path:
-        def task(name: str) -> dict[str, Any]:
-            return {split: f"data/{name}/{split}.jsonl" for split in ("train", "val", "test")}
-
-        fields = {
-            "base": str(text_base),
-            "out": "experts",
-            "settings": dict(QUICK),
-            "tasks": {name: task(name) for name in ("colours", "sizes")},
-            **changes,
-        }
-        path = tmp_path / "finetune.yaml"
-        path.write_text(yaml.safe_dump(fields), encoding="utf-8")
-        return path
-
-    return write
+    return recipe_of_two(tmp_path / "finetune.yaml", base=str(text_base), out="experts", settings=dict(QUICK))
