@@ -4,7 +4,8 @@
     python benchmarks/results.py runs/vision8 --out docs/results.md --keep --note "2 cores, 2 threads"
 
 Every argument is a folder that `adamerging suite` wrote, finished or not; nothing is computed here, and what
-has no records is left out. `--keep` replaces the sections of these suites alone.
+has no records is left out. `--keep` replaces what there are records of and leaves the rest of the page as it
+is: other suites, other parts, and of what was trained the columns and rows that these records have not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 from pathlib import Path
 
 from results_compared import compared
+from results_kept import with_columns_of, with_rows_of
 from results_trained import shared, trained, trainings
 
 from adamerging.finetuning.record import RECORD
@@ -94,6 +96,15 @@ def read(text: str) -> dict[str, Parts]:
     return suites
 
 
+def _together(new: Parts, old: Parts) -> Parts:
+    """The new parts with what only the old ones have of other trainings."""
+    kept = {TRAINING: with_columns_of, SHARING: with_rows_of}
+    return {
+        title: kept[title](text, old[title]) if title in kept and title in old else text
+        for title, text in new.items()
+    }
+
+
 def page(suites: dict[str, Parts]) -> str:
     """The whole page: suites between marks, each with its training, its methods, then its tables."""
     first = ("", TRAINING, SHARING, METHODS)
@@ -119,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         made = section(folder, options.note)
         if made:
             name = folder.resolve().name
-            kept[name] = {**kept.get(name, {}), **made}
+            kept[name] = {**kept.get(name, {}), **_together(made, kept.get(name, {}))}
     text = page(kept)
     options.out.write_text(text, encoding="utf-8")
 

@@ -80,7 +80,7 @@ def shared(folder: Path, order: Sequence[str], found: Mapping[str, Records]) -> 
     for penalty in sorted({trial["penalty"] for trial in trials}):
         mine = [trial for trial in trials if trial["penalty"] == penalty]
         rows.append([f"shared, penalty {penalty:g}", *_point(mine, order, body)])
-    chosen = store.get("tasks", {})
+    chosen = store.get("tasks", {}) if len(rows) > 1 else {}
     if chosen:
         rows.append(["shared, a penalty for each task", *_point(list(chosen.values()), order, body)])
     for way, records in found.items():

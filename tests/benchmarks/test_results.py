@@ -163,3 +163,28 @@ def test_keep_replaces_what_there_are_records_of(suite: Path, tmp_path: Path) ->
     assert list(results.read(page.read_text())["others"]) == [*results.read(text)["others"], "Full"]
     results.main([str(other), "--out", str(page)])
     assert "## toys" not in page.read_text() and "### Shift" not in page.read_text()
+
+
+def test_keep_loses_no_training(suite: Path, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    results.main([str(suite), "--out", str(page)])
+    whole = results.read(page.read_text())["toys"]
+    again = tmp_path / "again" / "toys"
+    for task in TASKS:
+        shutil.copytree(suite / task, again / task)
+        train(again / "baselines" / "lora" / task, 0.7, 200, 1000)
+        trial = suite / "shared.tasks" / task / "penalty-0.5"
+        shutil.copytree(trial, again / "shared.tasks" / task / "penalty-0.2")
+    results.main([str(again), "--out", str(page), "--keep"])
+    found = results.read(page.read_text())["toys"]
+    assert "| task | expert | lora | multitask | probe |" in found["Training"]
+    assert "| mean | 80.0 | 70.0 | 75.0 | 50.0 |" in found["Training"]
+    assert found["Training"].count("- Parameters: ") == 1
+    labels = [line.split(" | ")[0].strip("| ") for line in found["Sharing layers"].splitlines()[4:]]
+    shared = [f"shared, penalty {penalty}" for penalty in (0.1, 0.2, 0.5)]
+    assert labels[1:8] == ["---", *shared, "expert", "lora", "multitask"]
+    assert found["Methods"] == whole["Methods"]
+    results.main([str(suite), "--out", str(page), "--keep"])
+    twice = results.read(page.read_text())["toys"]
+    assert "| mean | 80.0 | 75.0 | 50.0 | 70.0 |" in twice["Training"]  # the new columns first
+    assert twice["Sharing layers"].count("shared, penalty") == 3
