@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adamerging as am
 from adamerging.errors import UsageError, WeightsError
 from adamerging.masks import _Packer
+from adaptation.toy import Net, make_experts, make_tasks
 from models import save_bert, save_expert
 
 Cli = Callable[..., Any]
@@ -226,3 +228,46 @@ def test_the_command_line_says_what_it_wrote(models: Path, tmp_path: Path, cli: 
     assert ended.code == 0, ended.err
     assert "note: each task has weights of its own" in ended.err
     assert "weights of its own" not in cli("merge", *sources, "--out", tmp_path / "plain").err
+
+
+@pytest.mark.parametrize("method", ["emr", "tall_masks"])
+def test_batchnorm_statistics_are_each_tasks_own(tmp_path: Path, method: str) -> None:
+    base, modules = make_experts(dtype=torch.float32)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    for number, (name, module) in enumerate(modules.items(), 1):
+        module.norm.running_mean.fill_(float(number))
+        module.norm.running_var.fill_(2.0 + number)
+        save_file(module.state_dict(), tmp_path / f"{name}.safetensors")
+    files = {name: tmp_path / f"{name}.safetensors" for name in modules}
+    made = am.merge(
+        tmp_path / "base.safetensors", files, method=method, heads=["head.*"], out=tmp_path / "out"
+    )
+    assert not any("BatchNorm" in warning for warning in made.record["warnings"])
+    opened = am.load(tmp_path / "out", model=Net)
+    for number, name in enumerate(modules, 1):
+        norm = opened.module(name).norm
+        assert norm.running_mean.tolist() == [float(number)] * 4
+        assert norm.running_var.tolist() == [2.0 + number] * 4
+        assert not torch.equal(opened.module(name).stem.weight, base.stem.weight)
+    first, second = (opened.module(name).norm for name in ("task0", "task1"))
+    assert first.running_mean.data_ptr() != second.running_mean.data_ptr()
+
+
+def test_data_at_hand_scores_each_task_on_its_own_weights(tmp_path: Path) -> None:
+    base, modules = make_experts()
+    for number, module in enumerate(modules.values()):
+        module.norm.running_mean.fill_(0.3 * number)
+    tasks = [replace(task, evaluate=task.adapt) for task in make_tasks(modules)]
+    given = {"method": "emr", "heads": ["head.*"], "tasks": tasks, "transductive": True}
+    made = am.merge(base, modules, out=tmp_path / "out", **given)
+    scores = {(r["model"], r["task"]): r["accuracy"] for r in made.record["scores"]["records"]}
+    opened = am.load(tmp_path / "out", model=lambda: Net().double())
+    for task in tasks:
+        inputs = torch.stack(list(task.evaluate.inputs))
+        with torch.no_grad():
+            answers = opened.module(task.name)(inputs).argmax(-1).tolist()
+        right = sum(a == b for a, b in zip(answers, task.evaluate.labels, strict=True)) / len(answers)
+        assert scores["merged", task.name] == right
+        assert scores["expert", task.name] == 1.0
+    with pytest.raises(UsageError, match="write a folder"):
+        am.merge(base, modules, **given)

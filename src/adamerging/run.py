@@ -480,9 +480,12 @@ def idle_warnings(vectors: TaskVectors) -> list[str]:
     return [f"expert '{task}' {said}" for task in idle]
 
 
-def statistics_warning(plan: Plan) -> list[str]:
-    """One sentence where the merged model has BatchNorm statistics that are not its own."""
-    if not plan.with_treatment("averaged"):
+def statistics_warning(prepared: Prepared) -> list[str]:
+    """One sentence where the merged model has BatchNorm statistics that are not its own.
+
+    With masks each task has its expert's.
+    """
+    if not prepared.plan.with_treatment("averaged") or prepared.method.masks is not None:
         return []
     return [
         "the model has BatchNorm, and its statistics are the mean of the experts', not those of the merged "
@@ -540,7 +543,7 @@ def run_record(
         "config": vectors.base.config is not None,
         "plan": {**prepared.plan.summary(), "notes": list(prepared.plan.notes)},
         "unchanged": list(vectors.unchanged()),
-        "warnings": [*idle_warnings(vectors), *statistics_warning(prepared.plan)],
+        "warnings": [*idle_warnings(vectors), *statistics_warning(prepared)],
         "relatedness": {
             task: found.cosine for task, found in prepared.relatedness.items() if found.cosine == found.cosine
         },

@@ -364,7 +364,7 @@ def run_warnings(session: Session, state: State, applied: Tensor) -> list[str]:
     """What a reader of the result should know."""
     return [
         *idle_warnings(session.prepared.vectors),
-        *(statistics_warning(session.prepared.plan) if session.settings.batchnorm == "keep" else []),
+        *(statistics_warning(session.prepared) if session.settings.batchnorm == "keep" else []),
         *unused(session.parametrisation.coefficients(applied), session.where),
         *warnings_of(state.history, chosen_step(session, state)),
     ]

@@ -21,6 +21,8 @@ from .store import VectorStore
 EXPERT = "expert"
 Fill = Callable[[], None]
 """Makes the working body a model."""
+FillOwn = Callable[[str], None]
+"""Makes the working body the model of one task."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def score(
     vectors: TaskVectors,
     models: Mapping[str, Fill],
     say: Callable[[str], None] = lambda _: None,
+    own: Mapping[str, FillOwn] | None = None,
 ) -> Scores | None:
     """Score every model on every task that has labelled data; None where no task has.
 
@@ -89,7 +92,9 @@ def score(
         vectors: base and experts.
         models: by name what fills the body, in order; each under every task's head.
         say: told what is scored.
+        own: by name of a model that has weights for each task what makes the body these.
     """
+    own = {EXPERT: lambda task: body.load_expert(vectors, task), **(own or {})}
     scored = [(task, module) for task, module in tasks if task.evaluate is not None]
     if not scored:
         for fill in list(models.values())[-1:]:
@@ -99,12 +104,12 @@ def score(
     order = list(models)
     for name in [*order[:1], EXPERT, *order[1:]]:
         say(f"scores: {name}")
-        if name != EXPERT:
+        if name in models:
             models[name]()
         found[name] = {}
         for task, module in scored:
-            if name == EXPERT:
-                body.load_expert(vectors, task.name)
+            if name in own:
+                own[name](task.name)
             found[name][task.name] = score_one(module, task, device=body.device)
     data = {task.name: task.evaluate.fingerprint for task, _ in scored if task.evaluate is not None}
     return Scores(found, data)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..masks import fill_task, refuse_masks, task_scales
 from ..run import (
     MergeResult,
     Prepared,
@@ -27,10 +28,11 @@ from ..weights import Fingerprints
 from .body import Body
 from .cache import content_of
 from .loop import estimate_statistics
-from .scoring import average_into, score
+from .scoring import Fill, FillOwn, average_into, score
 from .session import make_learner
 from .settings import resolve
 from .statistics import Gathering, check_tasks, gather
+from .store import VectorStore
 from .write import write_model, write_record
 
 _ROUNDS = 16
@@ -49,8 +51,9 @@ def merge_with_tasks(
 ) -> MergeResult:
     """Merge by a method, in memory where the tasks' data is of use, else streaming.
 
-    Averaged BatchNorm statistics are re-estimated where every expert has unlabeled data; base, experts,
-    simple average and merged model are scored where tasks have labelled data.
+    Averaged BatchNorm statistics are re-estimated where every expert has unlabeled data (with masks each task
+    has its expert's, and nothing is); base, experts, simple average and merged model are scored where tasks
+    have labelled data.
 
     Args:
         prepared: what is merged.
@@ -73,6 +76,10 @@ def merge_with_tasks(
         prepared = with_statistics(prepared, tasks, prints, say)
     lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
     estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking
+    if prepared.method.masks is not None:
+        about = _about_masked(prepared, tasks, out, say, estimated) | {"transductive": transductive}
+        prepared = replace(prepared, about={**prepared.about, **about})
+        return execute(prepared, out=out, overwrite=overwrite, progress=progress, prints=prints)
     if not estimated and all(task.evaluate is None for task in tasks):
         return execute(prepared, out=out, overwrite=overwrite, progress=progress, prints=prints)
     _check_tokenizer(prepared)
@@ -139,6 +146,32 @@ def _check_tokenizer(prepared: Prepared) -> None:
         raise UsageError("data goes through the base's tokenizer; tokenizer: base")
 
 
+def _about_masked(
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    out: str | Path | None,
+    say: Callable[[str], None],
+    estimated: bool,
+) -> dict[str, Any]:
+    """What the record says of the tasks where each has weights of its own, with its expert's statistics."""
+    if out is None:
+        refuse_masks(prepared.method)
+    about: dict[str, Any] = {"tasks": {task.name: dict(task.settings) for task in tasks}}
+    if all(task.evaluate is None for task in tasks):
+        return about
+    _check_tokenizer(prepared)
+    with Workers(prepared.settings.threads) as workers:
+        VectorStore(prepared.vectors, workers).scan()
+        scales = task_scales(prepared, workers)
+        bench = _Bench(prepared, tasks, workers, estimated)
+
+        def own(task: str) -> None:
+            fill_task(bench.body.tensors, prepared, workers, task, scales[task])
+
+        scores = bench.score(lambda: bench.body.reset(prepared.vectors), say, own)
+    return about | scores
+
+
 def _merge(
     prepared: Prepared,
     tasks: Sequence[Task],
@@ -147,34 +180,66 @@ def _merge(
     estimated: bool,
 ) -> tuple[Body, dict[str, Any]]:
     """The merged body, and what the record says about statistics and scores."""
-    vectors = prepared.vectors
     merged = execute(prepared, progress=progress).body
-    body = Body(vectors, torch.device("cpu"))
-    settings = resolve({"preset": "paper"})
-    modules = [
-        (task, body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base)))
-        for task in tasks
-    ]
-    learners = [make_learner(task, body, prepared, settings) for task in tasks] if estimated else []
-
-    def refresh() -> None:
-        if estimated:
-            estimate_statistics(learners, body.device, _ROUNDS)
-
-    def fill() -> None:
-        with torch.no_grad():
-            for name, tensor in body.tensors.items():
-                tensor.copy_(merged[name])
-        refresh()
-
     with Workers(prepared.settings.threads) as workers:
+        bench = _Bench(prepared, tasks, workers, estimated)
 
-        def average() -> None:
-            average_into(body, vectors, workers)
-            refresh()
+        def fill() -> None:
+            with torch.no_grad():
+                for name, tensor in bench.body.tensors.items():
+                    tensor.copy_(merged[name])
+            bench.refresh()
 
-        models = {"base": lambda: body.load_base(vectors), "average": average, "merged": fill}
-        scores = score(modules, body, vectors, models, say)
+        scores = bench.score(fill, say)
     extra: dict[str, Any] = {"statistics": "re-estimated on the tasks' data"} if estimated else {}
-    extra["warnings"] = idle_warnings(vectors) + ([] if estimated else statistics_warning(prepared.plan))
-    return body, extra | ({"scores": scores.as_dict()} if scores is not None else {})
+    extra["warnings"] = idle_warnings(prepared.vectors) + ([] if estimated else statistics_warning(prepared))
+    return bench.body, extra | scores
+
+
+class _Bench:
+    """A working body with the tasks over it, where base, experts, average and a merge are scored.
+
+    Args:
+        prepared: what is merged.
+        tasks: with their data.
+        workers: threads.
+        estimated: BatchNorm statistics are re-estimated on the tasks' data.
+    """
+
+    def __init__(self, prepared: Prepared, tasks: Sequence[Task], workers: Workers, estimated: bool) -> None:
+        self.vectors, self.workers = prepared.vectors, workers
+        self.body = Body(self.vectors, torch.device("cpu"))
+        experts, base = self.vectors.experts, self.vectors.base
+        self.modules = [
+            (task, self.body.attach(task.name, task.skeleton(experts[task.name], base))) for task in tasks
+        ]
+        settings = resolve({"preset": "paper"})
+        asked = tasks if estimated else ()
+        self.learners = [make_learner(task, self.body, prepared, settings) for task in asked]
+
+    def refresh(self) -> None:
+        """Re-estimate the body's statistics, if they are to be."""
+        if self.learners:
+            estimate_statistics(self.learners, self.body.device, _ROUNDS)
+
+    def average(self) -> None:
+        """Make the body the experts' average."""
+        average_into(self.body, self.vectors, self.workers)
+        self.refresh()
+
+    def score(self, merged: Fill, say: Callable[[str], None], own: FillOwn | None = None) -> dict[str, Any]:
+        """The scores for the record, if any task has labelled data; the body ends as the merge.
+
+        Args:
+            merged: makes the body the merge.
+            say: told what is scored.
+            own: makes it a task's, where each has weights of its own.
+        """
+        models = {
+            "base": lambda: self.body.load_base(self.vectors),
+            "average": self.average,
+            "merged": merged,
+        }
+        each = {} if own is None else {"merged": own}
+        found = score(self.modules, self.body, self.vectors, models, say, each)
+        return {} if found is None else {"scores": found.as_dict()}

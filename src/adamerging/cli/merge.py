@@ -307,7 +307,7 @@ def _show_dry_run(prepared: Prepared, estimate: Estimate, as_json: bool) -> None
 
     from ..run import statistics_warning
 
-    warnings = [*_warnings(prepared, []), *statistics_warning(prepared.plan)]
+    warnings = [*_warnings(prepared, []), *statistics_warning(prepared)]
     wanted = prepared.method.statistics
     if wanted is not None:
         warnings.append(

@@ -150,7 +150,7 @@ class Maker:
         merged = self._merged(
             informed,
             lambda: merge_into(self.bench.body.tensors, informed, self.bench.workers),
-            keeps_statistics=candidate.keeps_statistics,
+            keeps_statistics=candidate.keeps_statistics or candidate.method.masks is not None,
         )
         if candidate.method.statistics is not None:
             merged = replace(merged, adapted=True, seconds=seconds + merged.seconds)
@@ -209,7 +209,7 @@ class Maker:
             if refresh is not None:
                 refresh()
 
-        warnings = [] if refresh is not None else statistics_warning(prepared.plan)
+        warnings = [] if refresh is not None else statistics_warning(prepared)
         return replace(self._timed(again), adapted=refresh is not None, warnings=warnings)
 
     def refresher(self, prepared: Prepared, rounds: int = ROUNDS) -> Callable[[], None] | None:
