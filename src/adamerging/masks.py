@@ -5,13 +5,13 @@
 A folder holds the body as any merge, ``masks/vector.safetensors`` with v, and for each task
 ``masks/tasks/<task>.safetensors`` with the bits, eight to a byte, the first of a tensor's values in the
 highest bit. Tensors are flat, under the body's names; one that no expert changed is left out. BatchNorm
-statistics that a merge would average are no weights to be masked: each task has its expert's, whole, beside
-its bits.
+statistics that a single model would average are no weights to be masked: each task has its expert's, whole,
+with its head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .errors import UsageError, WeightsError
 from .methods.stage import Chunk, Method
+from .norms import statistics_of
 from .output.folder import OutputFolder
 from .output.tensors import TensorWriter
 from .plan import Entry
@@ -65,7 +66,6 @@ def write_masks(prepared: Prepared, folder: OutputFolder) -> tuple[dict[str, str
     sizes = {entry.name: vectors.numel(entry) for entry in _changed(prepared)}
     whole = {name: Spec((size,), body[name].dtype) for name, size in sizes.items()}
     bits = {name: Spec((-(-size // 8),), torch.uint8) for name, size in sizes.items()}
-    bits |= {entry.name: body[entry.name] for entry in _statistics(prepared)}
     (folder.path / "masks" / "tasks").mkdir(parents=True)
     files = [VECTOR, *map(mask_file, vectors.tasks)]
     totals = _Totals(prepared)
@@ -85,9 +85,6 @@ def write_masks(prepared: Prepared, folder: OutputFolder) -> tuple[dict[str, str
             if piece.chunk.stop == sizes[piece.chunk.name]:
                 for packer in packers:
                     packer.flush()
-        for task, writer in zip(vectors.tasks, writers[1:], strict=True):
-            for entry in _statistics(prepared):
-                writer.write(_own(prepared, entry, task).to(body[entry.name].dtype).contiguous())
     hashes = {file: writer.sha256 for file, writer in zip(files, writers, strict=True)}
     return hashes, {"scales": totals.scales()}
 
@@ -119,8 +116,8 @@ def fill_task(
             chunk = piece.chunk
             own = torch.addcmul(chunk.base, piece.merged, piece.masks[row].to(piece.merged), value=scale)
             tensors[chunk.name].view(-1)[chunk.start : chunk.stop].copy_(own)
-        for entry in _statistics(prepared):
-            tensors[entry.name].copy_(_own(prepared, entry, task))
+        for name, value in statistics_of(prepared.vectors, task).items():
+            tensors[name].copy_(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +137,6 @@ class _Piece:
 def _changed(prepared: Prepared) -> list[Entry]:
     unchanged = set(prepared.vectors.unchanged())
     return [entry for entry in prepared.vectors.entries() if entry.name not in unchanged]
-
-
-def _statistics(prepared: Prepared) -> Sequence[Entry]:
-    """BatchNorm statistics that are averaged in a single model."""
-    return prepared.plan.with_treatment("averaged")
-
-
-def _own(prepared: Prepared, entry: Entry, task: str) -> Tensor:
-    """A tensor as the task's expert has it; the base's where it has none."""
-    vectors, name = prepared.vectors, entry.sources.get(task)
-    return vectors.base.read(entry.name) if name is None else vectors.experts[task].read(name)
 
 
 def _pieces(prepared: Prepared, workers: Workers) -> Iterator[_Piece]:
@@ -208,12 +194,11 @@ class _Packer:
 
 
 def masked_nbytes(prepared: Prepared) -> int:
-    """Bytes of the vector and of what each task has, if every tensor is changed."""
+    """Bytes of the vector and the masks of a merge, if every tensor is changed."""
     body = {name: spec for file in prepared.files.values() for name, spec in file.items()}
     vectors = prepared.vectors
     sizes = {entry.name: vectors.numel(entry) for entry in vectors.entries()}
-    own = sum(-(-n // 8) for n in sizes.values()) + sum(body[e.name].nbytes for e in _statistics(prepared))
-    return sum(n * body[name].dtype.itemsize for name, n in sizes.items()) + len(vectors.tasks) * own
+    return sum(n * body[name].dtype.itemsize + len(vectors.tasks) * -(-n // 8) for name, n in sizes.items())
 
 
 def restored(folder: Path, body: Weights, record: Mapping[str, Any], task: str) -> Weights:
@@ -230,31 +215,27 @@ def restored(folder: Path, body: Weights, record: Mapping[str, Any], task: str) 
     """
     vector, mask = open_weights(folder / VECTOR), open_weights(folder / mask_file(task))
     scale = record.get("scales", {}).get(task)
-    whole = set(mask.specs) - set(vector.specs)
-    fits = set(vector.specs) <= set(mask.specs) <= set(body.specs) and all(
+    fits = set(vector.specs) == set(mask.specs) <= set(body.specs) and all(
         spec.numel <= body.specs[name].numel and mask.specs[name].numel == -(-spec.numel // 8)
         for name, spec in vector.specs.items()
     )
-    fits = fits and all(mask.specs[name] == body.specs[name] for name in whole)
     if not fits or not isinstance(scale, (int, float)):
         raise WeightsError(f"{folder}: the mask of task '{task}' does not belong to this body; merge again")
 
     def read(name: str) -> Tensor:
-        if name in whole:
-            return mask.read(name)
         values = body.read(name)
         if name not in vector.specs:
             return values
         merged = vector.read(name)
         size, dtype = len(merged), torch.promote_types(values.dtype, torch.float32)
         bits = torch.from_numpy(np.unpackbits(mask.read(name).numpy(), count=size))
-        own = values.reshape(-1).to(dtype, copy=True)
-        own[:size].addcmul_(merged.to(dtype), bits.to(dtype).mul_(scale).sub_(1))
-        return own.to(values.dtype).view(values.shape)
+        whole = values.reshape(-1).to(dtype, copy=True)
+        whole[:size].addcmul_(merged.to(dtype), bits.to(dtype).mul_(scale).sub_(1))
+        return whole.to(values.dtype).view(values.shape)
 
     return replace(body, reader=read)
 
 
-def masked_names(folder: Path, task: str) -> frozenset[str]:
-    """Tensors of which a task has its own. Raises as `restored`."""
-    return frozenset(open_weights(folder / mask_file(task)).specs)
+def masked_names(folder: Path) -> frozenset[str]:
+    """Tensors of which each task has its own. Raises as `restored`."""
+    return frozenset(open_weights(folder / VECTOR).specs)

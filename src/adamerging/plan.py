@@ -28,7 +28,7 @@ from .mismatches import Problems
 from .weights.source import Spec, Weights
 
 Treatment = Literal["merged", "averaged", "base"]
-Buffers = Literal["average", "base", "method"]
+Buffers = Literal["average", "base", "method", "task"]
 Vocabulary = Literal["refuse", "shared"]
 
 
@@ -166,7 +166,8 @@ def make_plan(
         heads: patterns of names, with or without prefix, kept per task. Given, they replace the default
             heads; an empty list means no heads.
         buffers: BatchNorm's running mean and variance are averaged, copied from the base, or left to the
-            method like any weight. Integer buffers are always the base's.
+            method like any weight; ``task``: averaged, and each task keeps its own beside. Integer buffers
+            are always the base's.
         vocabulary: what to do where embeddings have another number of rows: refuse, or merge the leading rows
             that base and experts share. The output has the base's rows.
 
@@ -215,7 +216,7 @@ def _check_options(experts: Mapping[str, Weights], buffers: str, vocabulary: str
     if not experts:
         raise UsageError("no experts: give at least one expert to merge, as name=path")
     for option, value, allowed in (
-        ("buffers", buffers, ("average", "base", "method")),
+        ("buffers", buffers, ("average", "base", "method", "task")),
         ("vocabulary", vocabulary, ("refuse", "shared")),
     ):
         if value not in allowed:
@@ -266,7 +267,8 @@ class _Planner:
         sources = {e.key: e.hits[name][0] for e in self.experts if name in e.hits}
         rows = self._shared_rows(name, spec, sources)
         if naming.is_statistics(name) and self.buffers != "method":
-            return Entry(name, "averaged", "BatchNorm statistics: mean of the experts", spec, sources)
+            own = "; each task has its own" if self.buffers == "task" else ""
+            return Entry(name, "averaged", f"BatchNorm statistics: mean of the experts{own}", spec, sources)
         reason = (
             "in every expert"
             if len(sources) == len(self.experts)

@@ -57,9 +57,10 @@ class Settings(BaseModel):
         None,
         description="Patterns of tensors kept per task; found from the model class when unset, [] for none.",
     )
-    buffers: Literal["average", "base", "method"] = Field(
+    buffers: Literal["average", "base", "method", "task"] = Field(
         "average",
-        description="BatchNorm statistics: mean of the experts, the base's, or merged like weights.",
+        description="BatchNorm statistics: mean of the experts, the base's, merged like weights, or each "
+        "task's own. With data the mean and the tasks' own are re-estimated.",
     )
     vocabulary: Literal["refuse", "shared"] = Field(
         "refuse", description="Experts whose vocabulary grew: refuse, or merge the rows that all share."

@@ -19,6 +19,7 @@ from .errors import PlanError, UsageError
 from .masks import masked_nbytes, refuse_masks, write_masks
 from .merging import check_method, check_statistics, fill, merged_pieces, output_dtype
 from .methods import Method, chain, make_method
+from .norms import OWN, Statistics, as_stored, statistics_of
 from .output.card import hub_id, model_card
 from .output.companions import companions, is_tokenizer, with_dtype
 from .output.folder import RECORD, OutputFolder
@@ -65,12 +66,20 @@ class Prepared:
         return self.vectors.plan
 
     @property
+    def own_statistics(self) -> bool:
+        """Whether each task has BatchNorm statistics of its own; with masks always."""
+        asked = self.settings.buffers == "task" or self.method.masks is not None
+        return asked and bool(self.plan.with_treatment("averaged"))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the output's tensors, heads included."""
         body = sum(spec.nbytes for specs in self.files.values() for spec in specs.values())
         heads = sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
         masks = masked_nbytes(self) if self.method.masks is not None else 0
-        return body + heads + masks + self._extra_nbytes()
+        averaged = self.plan.with_treatment("averaged") if self.own_statistics else ()
+        own = len(self.vectors.tasks) * sum(entry.spec.nbytes for entry in averaged)
+        return body + heads + own + masks + self._extra_nbytes()
 
     def _extra_nbytes(self) -> int:
         """Bytes of the rows that are kept for one task alone."""
@@ -333,8 +342,14 @@ def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Worke
     fill(tensors, pipeline, prepared.plan.entries, **keywords)
 
 
-def head_of(prepared: Prepared, task: str) -> dict[str, Tensor]:
-    """The tensors kept for one task, by the names and with the values of its expert."""
+def head_of(prepared: Prepared, task: str, statistics: Statistics | None = None) -> dict[str, Tensor]:
+    """The tensors kept for one task, by the names and with the values of its expert.
+
+    Args:
+        prepared: what is merged.
+        task: which.
+        statistics: of BatchNorm, where each task has its own and these are not its expert's.
+    """
     vectors = prepared.vectors
     expert, prefixes = vectors.experts[task], prepared.plan.prefixes[task]
     head = {}
@@ -348,15 +363,25 @@ def head_of(prepared: Prepared, task: str) -> dict[str, Tensor]:
             head[name] = (own.float() + change.reshape(own.shape)).to(own.dtype)
         else:
             head[name] = expert.read(name).clone()
+    if prepared.own_statistics:
+        head |= as_stored(vectors, task, statistics or statistics_of(vectors, task))
     return head | extra(expert, prepared.plan.extra_rows.get(task, {}))
 
 
-def write_heads(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
-    """One folder a task: its head's tensors and the expert's configuration; sha256 by file name."""
+def write_heads(
+    prepared: Prepared, folder: OutputFolder, statistics: Mapping[str, Statistics] | None = None
+) -> dict[str, str]:
+    """One folder a task: its head's tensors and the expert's configuration; sha256 by file name.
+
+    Args:
+        prepared: what is merged.
+        folder: under construction.
+        statistics: BatchNorm statistics of each task's own, where these are not its expert's.
+    """
     hashes = {}
     for task in prepared.plan.heads:
         expert = prepared.vectors.experts[task]
-        tensors = head_of(prepared, task)
+        tensors = head_of(prepared, task, (statistics or {}).get(task))
         if tensors:
             name = f"heads/{task}/head.safetensors"
             (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -481,11 +506,10 @@ def idle_warnings(vectors: TaskVectors) -> list[str]:
 
 
 def statistics_warning(prepared: Prepared) -> list[str]:
-    """One sentence where the merged model has BatchNorm statistics that are not its own.
-
-    With masks each task has its expert's.
-    """
-    if not prepared.plan.with_treatment("averaged") or prepared.method.masks is not None:
+    """One sentence where the merged model has BatchNorm statistics not its own, or each task has some."""
+    if prepared.own_statistics and prepared.method.masks is None:
+        return [OWN]
+    if not prepared.plan.with_treatment("averaged") or prepared.own_statistics:
         return []
     return [
         "the model has BatchNorm, and its statistics are the mean of the experts', not those of the merged "

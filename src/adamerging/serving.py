@@ -102,6 +102,7 @@ class MergedModel:
         self.tasks: tuple[str, ...] = tuple(record.get("experts") or _heads_in(folder))
         self._body, self._model, self._head = body, model, head or {}
         self._shared: dict[str, Tensor] = {}
+        self._own = masked_names(folder) if "masks" in record else frozenset()
         self._routes: Routes | TwinRoutes | None = None
         self._ready: dict[str, _Ready] = {}
 
@@ -322,7 +323,8 @@ class MergedModel:
 
     def _own_of(self, name: str) -> frozenset[str]:
         """Tensors of the body that a task has values of its own of."""
-        return masked_names(self.folder, name) if "masks" in self.record else frozenset()
+        del name
+        return self._own
 
     def _fixed_head(self, name: str) -> Path:
         """Where a task's head lies that is outside its module, if it has one."""

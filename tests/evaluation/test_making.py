@@ -7,15 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
+from adamerging.adaptation.adapt import adapt
+from adamerging.errors import UsageError
 from adamerging.evaluation.bench import Bench
 from adamerging.evaluation.choosing import choose
 from adamerging.evaluation.entries import wanted
 from adamerging.evaluation.making import Maker
 from adamerging.evaluation.settings import CompareSettings, Entry
+from adamerging.norms import OWN
 from adamerging.recipe import Settings, make_recipe
 from adamerging.run import merge, prepare
+from adamerging.serving import load
 from adamerging.stream import Workers
-from adaptation.toy import make_experts, make_tasks
+from adaptation.toy import Net, make_experts, make_tasks
 
 
 @pytest.mark.parametrize("batchnorm", ["keep", "recalibrate"])
@@ -34,3 +38,48 @@ def test_statistics_are_estimated_anew_unless_kept(tmp_path, batchnorm: str) -> 
         assert torch.allclose(mean, as_merged["norm.running_mean"].to(mean)) == kept
         assert choice.made.adapted != kept and bool(choice.made.warnings) == kept
         assert choice.settings.get("batchnorm") == ("keep" if kept else None)
+
+
+SHORT = {"preset": "paper", "steps": 4, "lr": 0.05, "batchnorm_every": 2}
+
+
+@pytest.mark.parametrize("entry", [{"method": "ties"}, {"adapt": SHORT}])
+def test_each_tasks_own_statistics_score_as_the_folder_does(tmp_path, entry) -> None:
+    base, experts = make_experts()
+    tasks = [
+        replace(task, adapt=moved, evaluate=moved)
+        for number, task in enumerate(make_tasks(experts))
+        for moved in [replace(task.adapt, inputs=[item + 2.0 * number for item in task.adapt.inputs])]
+    ]
+    shared = {"heads": ["head.*"], "buffers": "task"}
+    if "adapt" in entry:
+        written = adapt(base, experts, tasks, out=tmp_path / "out", transductive=True, merge=shared, **SHORT)
+    else:
+        written = merge(
+            base, experts, tasks=tasks, out=tmp_path / "out", transductive=True, method="ties", **shared
+        )
+    wanted_scores = {
+        r["task"]: r["accuracy"] for r in written.record["scores"]["records"] if r["model"] == "merged"
+    }
+    recipe = make_recipe({"base": "base", "experts": {name: name for name in experts}, **shared})
+    (made,) = wanted(recipe, [{"it": Entry(**entry)}])
+    with Workers(1) as workers:
+        prepared = prepare(base, experts, Settings(**shared, method="weighted"))
+        bench = Bench(prepared, tasks, CompareSettings(), workers)
+        choice = choose(made, None, Maker(bench, list(experts)), bench, list(experts), tmp_path / "state")
+        assert OWN in choice.made.warnings and choice.made.per_task
+        whole, means, scores = bench.fingerprint(), [], {}
+        for task in experts:
+            with choice.made.model_for(task, bench, whole) as model:
+                scores[task] = bench.score(model, task).record.accuracy
+                means.append(bench.body.tensors["norm.running_mean"].clone())
+        assert scores == wanted_scores
+        opened = load(tmp_path / "out", model=lambda: Net().double())
+        for task, mean in zip(experts, means, strict=True):
+            assert torch.allclose(opened.module(task).norm.running_mean, mean, atol=1e-6)
+
+
+def test_statistics_are_either_kept_or_each_tasks_own() -> None:
+    recipe = make_recipe({"base": "base", "experts": {"a": "a", "b": "b"}, "buffers": "task"})
+    with pytest.raises(UsageError, match="batchnorm: keep does not go with buffers: task"):
+        wanted(recipe, [{"it": Entry(method="ties", batchnorm="keep")}])

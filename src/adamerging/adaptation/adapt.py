@@ -199,7 +199,7 @@ def run_adaptation(
                 assert isinstance(session.parametrisation, Parametrisation)
                 record["outputs"] = write_folder(
                     folder, prepared, session.body.tensors, applied, session.parametrisation, state.history,
-                    tasks,
+                    tasks, own_statistics(session, state),
                 )  # fmt: skip
                 record["outputs"] |= write_own(folder, operations)
                 write_record(folder, record)
@@ -217,6 +217,13 @@ def fill_merged(session: Session, state: State, applied: Tensor) -> None:
     session.body.reset(session.prepared.vectors)
     session.parametrisation.materialise(session.body.tensors, applied)
     session.body.load_statistics(state.statistics)
+
+
+def own_statistics(session: Session, state: State) -> dict[str, dict[str, Tensor]]:
+    """BatchNorm statistics of each task's own, by task; empty where all have the body's."""
+    if not state.own:
+        return {}
+    return {task: state.own_of(task) for task in session.prepared.vectors.tasks}
 
 
 def add_operations(
@@ -281,7 +288,14 @@ def score_session(
         "base": lambda: body.load_base(vectors), "average": average, "start": start, "merged": merged,
     }  # fmt: skip
     tasks = [(learner.task, learner.module) for learner in learners]
-    scores = score(tasks, body, vectors, models, say)
+    own, each = own_statistics(session, state), {learner.task.name: learner for learner in learners}
+
+    def anew(task: str) -> None:
+        estimate_statistics([each[task]], body.device, 16)
+
+    special = {"average": anew, "start": anew, "merged": lambda task: body.load_statistics(own[task])}
+    scores = score(tasks, body, vectors, models, say, special if own else {})
+    body.load_statistics(state.statistics)
     return scores.as_dict() if scores is not None else None
 
 
@@ -364,7 +378,7 @@ def run_warnings(session: Session, state: State, applied: Tensor) -> list[str]:
     """What a reader of the result should know."""
     return [
         *idle_warnings(session.prepared.vectors),
-        *(statistics_warning(session.prepared) if session.settings.batchnorm == "keep" else []),
+        *(statistics_warning(session.prepared) if session.settings.batchnorm == "keep" or state.own else []),
         *unused(session.parametrisation.coefficients(applied), session.where),
         *warnings_of(state.history, chosen_step(session, state)),
     ]

@@ -59,6 +59,7 @@ class Learner:
         train, held: sample numbers to learn from and to check on.
         batches: the order of the training samples.
         expert_logits: by sample number the expert's logits, where they were asked for.
+        statistics: of BatchNorm, the task's own by the body's names; empty where it has the body's.
     """
 
     task: Task
@@ -68,6 +69,7 @@ class Learner:
     batches: Batches
     costs: Sequence[int] | None = None
     expert_logits: dict[int, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def inputs(self, samples: Sequence[int], device: torch.device) -> Inputs:
         """The batch of these samples, on the device."""
@@ -99,6 +101,7 @@ class Loop:
         save: called every so often and at an interruption.
         callback: told of every record of the history.
         heads: tensors of heads that are learned too, by task and name; they lie in the tasks' models.
+        own_statistics: each task has BatchNorm statistics of its own.
     """
 
     settings: AdaptSettings
@@ -110,6 +113,7 @@ class Loop:
     save: Callable[[State], None] = lambda _: None
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
+    own_statistics: bool = False
 
     def run(self) -> State:
         """Run to the last step; the body ends as the state that is returned.
@@ -178,16 +182,21 @@ class Loop:
         self.parametrisation.materialise(self.body.tensors, self.effective(values))
         if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
             return
-        if state.statistics and state.step % self.settings.batchnorm_every:
+        last = state.step >= self.settings.steps
+        if (state.own or state.statistics) and state.step % self.settings.batchnorm_every and not last:
             self.body.load_statistics(state.statistics)
+            for learner in self.learners:
+                learner.statistics = state.own_of(learner.task.name)
             return
-        estimate_statistics(self.learners, self.body.device, 4 if state.step < self.settings.steps else 16)
-        state.statistics = self.statistics()
-
-    def statistics(self) -> dict[str, Tensor]:
-        """A copy of the BatchNorm statistics in use."""
-        names = [n for n in self.body.tensors if n.endswith(("running_mean", "running_var"))]
-        return {name: self.body.tensors[name].detach().clone() for name in names}
+        rounds = 16 if last else 4
+        if self.own_statistics:
+            for learner in self.learners:
+                estimate_own(learner, self.body, rounds)
+            own = {learner.task.name: learner.statistics for learner in self.learners}
+            state.own = {f"{task}/{n}": tensor for task, found in own.items() for n, tensor in found.items()}
+        if last or not self.own_statistics:  # the body's own are for whoever opens it without a task
+            estimate_statistics(self.learners, self.body.device, rounds)
+            state.statistics = taken_statistics(self.body)
 
     def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
         settings = self.settings
@@ -252,6 +261,7 @@ def run_batches(
     losses: dict[str, float] = {}
     with autocast(settings, body):
         for learner in learners:
+            body.load_statistics(learner.statistics)
             for part in range(settings.batches_per_step):
                 samples = learner.batches.at(step * settings.batches_per_step + part)
                 inputs = learner.inputs(samples, body.device)
@@ -295,6 +305,7 @@ def check_task(
         UsageError: outputs are no classes, and the objective is for classes.
     """
     samples = learner.held or learner.train[: settings.held_out_limit]
+    body.load_statistics(learner.statistics)
     logits = predict(learner, samples, body.device, autocast(settings, body))
     if not objective.classes:
         target = learner.target(objective, samples, logits.device)
@@ -361,6 +372,18 @@ def estimate_statistics(learners: Sequence[Learner], device: torch.device, round
     recalibrate(
         [learner.module for learner in learners], [learner.task.forward for learner in learners], batches
     )
+
+
+def estimate_own(learner: Learner, body: Body, rounds: int) -> None:
+    """Re-estimate the statistics of one task's own on its training samples; the body is left with them."""
+    estimate_statistics([learner], body.device, rounds)
+    learner.statistics = taken_statistics(body)
+
+
+def taken_statistics(body: Body) -> dict[str, Tensor]:
+    """A copy of the BatchNorm statistics in use."""
+    names = [name for name in body.tensors if name.endswith(("running_mean", "running_var"))]
+    return {name: body.tensors[name].detach().clone() for name in names}
 
 
 def autocast(settings: Precise, body: Body) -> AbstractContextManager[Any]:

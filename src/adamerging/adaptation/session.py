@@ -125,6 +125,8 @@ def begin(
         UsageError: tasks and experts do not match, a task lacks data, unknown objective or optimiser.
     """
     objective = make_objective(settings)
+    if prepared.settings.buffers == "task":
+        refuse_own_statistics(settings)
     options = asked_for(settings.start)
     make_optimizer(settings, torch.zeros(1, requires_grad=True))
     device = make_device(settings.device)
@@ -380,6 +382,18 @@ def content_of_task(task: Task, samples: Samples | None) -> list[Any]:
     return [samples.fingerprint, dict(task.settings), digest.hexdigest()]
 
 
+def refuse_own_statistics(settings: AdaptSettings) -> None:
+    """Refuse what has no way to BatchNorm statistics of each task's own.
+
+    Raises:
+        UsageError: names the settings.
+    """
+    found = [name for name in ("surgery", "mask", "route") if getattr(settings, name) is not None]
+    found += ["batchnorm: keep"] if settings.batchnorm == "keep" else []
+    if found:
+        raise UsageError(f"buffers: task does not go with {', '.join(found)} of adapt; leave out one of them")
+
+
 def hash_files(inputs: Sequence[Weights], workers: Workers) -> dict[Path, str]:
     """sha256 by file of all these weights."""
     unique = list(dict.fromkeys(path for weights in inputs for path in weights.files))
@@ -471,6 +485,7 @@ def learn(
         save,
         callback,
         learnable,
+        session.prepared.own_statistics,
     )
     try:
         state = loop.run()

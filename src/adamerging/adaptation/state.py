@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 
+PARTS = ("optimizer", "statistics", "own", "best", "heads")
+"""Fields of a state that are tensors by name."""
+
 
 @dataclass
 class State:
@@ -26,6 +29,7 @@ class State:
         values: ``(S, width)`` coefficients.
         optimizer: the optimiser's tensors, by name.
         statistics: BatchNorm statistics in use, by tensor name.
+        own: the same of each task's own, by task and tensor name; empty where all have the body's.
         best: the best state seen: its coefficients, statistics and step; empty where none is kept.
         heads: learned heads, by task and tensor name; empty where none are learned.
         history: records of steps and checks.
@@ -35,9 +39,15 @@ class State:
     values: Tensor
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def own_of(self, task: str) -> dict[str, Tensor]:
+        """The BatchNorm statistics of a task's own."""
+        start = f"{task}/"
+        return {name.removeprefix(start): t for name, t in self.own.items() if name.startswith(start)}
 
 
 def mask_state(path: Path) -> Path:
@@ -79,7 +89,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 def save_state(path: Path, state: State, fingerprint: str) -> None:
     """Write the state beside and rename."""
     tensors = {"values": state.values}
-    for part in ("optimizer", "statistics", "best", "heads"):
+    for part in PARTS:
         tensors |= {f"{part}/{name}": value for name, value in getattr(state, part).items()}
     write_progress(path, tensors, state.step, state.history, fingerprint)
 
@@ -137,7 +147,7 @@ def load_state(path: Path, fingerprint: str) -> State | None:
     if found is None:
         return None
     tensors, step, history = found
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "statistics": {}, "best": {}, "heads": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")
         if rest:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import UsageError
 from ..masks import fill_task, refuse_masks, task_scales
+from ..norms import statistics_of
 from ..run import (
     MergeResult,
     Prepared,
@@ -27,7 +29,7 @@ from ..tasks.task import Task
 from ..weights import Fingerprints
 from .body import Body
 from .cache import content_of
-from .loop import estimate_statistics
+from .loop import estimate_statistics, taken_statistics
 from .scoring import Fill, FillOwn, average_into, score
 from .session import make_learner
 from .settings import resolve
@@ -85,7 +87,7 @@ def merge_with_tasks(
     _check_tokenizer(prepared)
     started = time.perf_counter()
     folder = check_out(prepared, out, overwrite=overwrite) if out is not None else None
-    body, extra = _merge(prepared, tasks, progress, say, estimated)
+    body, statistics, extra = _merge(prepared, tasks, progress, say, estimated)
     inputs = [prepared.vectors.base, *prepared.vectors.experts.values()]
     with prints or Fingerprints() as prints:
         hashes = prints.of([path for weights in inputs for path in weights.files])
@@ -95,7 +97,7 @@ def merge_with_tasks(
         return MergeResult(prepared.plan, record, body=body.tensors)
     with folder:
         folder.require(prepared.nbytes)
-        record["outputs"] = write_model(folder, prepared, body.tensors, tasks)
+        record["outputs"] = write_model(folder, prepared, body.tensors, tasks, statistics)
         write_record(folder, record)
         folder.commit()
     return MergeResult(prepared.plan, record, out=folder.target)
@@ -178,8 +180,8 @@ def _merge(
     progress: Progress | None,
     say: Callable[[str], None],
     estimated: bool,
-) -> tuple[Body, dict[str, Any]]:
-    """The merged body, and what the record says about statistics and scores."""
+) -> tuple[Body, dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The merged body, statistics of the tasks' own, and what the record says about these and scores."""
     merged = execute(prepared, progress=progress).body
     with Workers(prepared.settings.threads) as workers:
         bench = _Bench(prepared, tasks, workers, estimated)
@@ -190,10 +192,16 @@ def _merge(
                     tensor.copy_(merged[name])
             bench.refresh()
 
-        scores = bench.score(fill, say)
+        own: dict[str, dict[str, Tensor]] = {}
+        if prepared.own_statistics:
+            fill()
+            own = bench.own_statistics()
+        scores = bench.score(fill, say, (lambda task: bench.body.load_statistics(own[task])) if own else None)
+        fill()  # the body's own statistics, after those of the last task
     extra: dict[str, Any] = {"statistics": "re-estimated on the tasks' data"} if estimated else {}
-    extra["warnings"] = idle_warnings(prepared.vectors) + ([] if estimated else statistics_warning(prepared))
-    return bench.body, extra | scores
+    warned = prepared.own_statistics or not estimated
+    extra["warnings"] = idle_warnings(prepared.vectors) + (statistics_warning(prepared) if warned else [])
+    return bench.body, own, extra | scores
 
 
 class _Bench:
@@ -207,7 +215,7 @@ class _Bench:
     """
 
     def __init__(self, prepared: Prepared, tasks: Sequence[Task], workers: Workers, estimated: bool) -> None:
-        self.vectors, self.workers = prepared.vectors, workers
+        self.vectors, self.workers, self.own = prepared.vectors, workers, prepared.own_statistics
         self.body = Body(self.vectors, torch.device("cpu"))
         experts, base = self.vectors.experts, self.vectors.base
         self.modules = [
@@ -221,6 +229,23 @@ class _Bench:
         """Re-estimate the body's statistics, if they are to be."""
         if self.learners:
             estimate_statistics(self.learners, self.body.device, _ROUNDS)
+
+    def own_statistics(self, only: str | None = None) -> dict[str, dict[str, Tensor]]:
+        """Statistics of each task's own for the weights in the body: re-estimated, or the experts'.
+
+        Args:
+            only: this task's alone; the body is left with them.
+        """
+        learners = {learner.task.name: learner for learner in self.learners}
+        found = {}
+        for task in self.vectors.tasks if only is None else [only]:
+            if task in learners:
+                estimate_statistics([learners[task]], self.body.device, _ROUNDS)
+                found[task] = taken_statistics(self.body)
+            else:
+                found[task] = statistics_of(self.vectors, task)
+                self.body.load_statistics(found[task])
+        return found
 
     def average(self) -> None:
         """Make the body the experts' average."""
@@ -240,6 +265,12 @@ class _Bench:
             "average": self.average,
             "merged": merged,
         }
-        each = {} if own is None else {"merged": own}
+        each: dict[str, FillOwn] = {} if own is None else {"merged": own}
+        if self.own and self.learners:
+
+            def anew(task: str) -> None:
+                self.own_statistics(task)
+
+            each["average"] = anew
         found = score(self.modules, self.body, self.vectors, models, say, each)
         return {} if found is None else {"scores": found.as_dict()}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..norms import Statistics
 from ..output.card import model_card
 from ..output.folder import RECORD, OutputFolder
 from ..output.tensors import TensorWriter, index_json
@@ -28,6 +29,7 @@ def write_folder(
     parametrisation: Parametrisation,
     history: Sequence[Mapping[str, Any]],
     tasks: Sequence[Task] = (),
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> dict[str, str]:
     """Write weights, heads, companions, coefficients and history; sha256 by file name.
 
@@ -39,8 +41,9 @@ def write_folder(
         parametrisation: what the values are.
         history: records of steps and checks.
         tasks: whose fixed heads are written too.
+        statistics: of BatchNorm, by task, where each has its own.
     """
-    hashes = write_model(folder, prepared, body, tasks)
+    hashes = write_model(folder, prepared, body, tasks, statistics)
     parametrisation.write(folder.path, values.to(torch.float32))
     for name, records in parametrisation.tables(values).items():
         folder.write_text(name, as_csv(records))
@@ -49,7 +52,11 @@ def write_folder(
 
 
 def write_model(
-    folder: OutputFolder, prepared: Prepared, body: Mapping[str, Tensor], tasks: Sequence[Task] = ()
+    folder: OutputFolder,
+    prepared: Prepared,
+    body: Mapping[str, Tensor],
+    tasks: Sequence[Task] = (),
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> dict[str, str]:
     """Write weights, heads and companions; sha256 by file name. Arguments as of `write_folder`."""
     metadata = {"format": "pt", **prepared.vectors.base.metadata, **prepared.plan.aliases}
@@ -63,7 +70,7 @@ def write_model(
         total = sum(spec.nbytes for specs in prepared.files.values() for spec in specs.values())
         names = {file: list(specs) for file, specs in prepared.files.items()}
         folder.write_text("model.safetensors.index.json", index_json(names, total))
-    hashes |= write_heads(prepared, folder)
+    hashes |= write_heads(prepared, folder, statistics)
     hashes |= write_fixed_heads(prepared, tasks, folder)
     write_companions(prepared, folder)
     return hashes

@@ -21,6 +21,7 @@ class Buffers(str, Enum):
     average = "average"
     base = "base"
     method = "method"
+    task = "task"
 
 
 class Vocabulary(str, Enum):
@@ -106,8 +107,8 @@ BuffersFlag = Annotated[
     Buffers | None,
     typer.Option(
         "--buffers",
-        help="BatchNorm statistics: mean of the experts (average, the default), the base's, or merged like "
-        "weights.",
+        help="BatchNorm statistics: mean of the experts (average, the default), the base's, merged like "
+        "weights (method), or each task's own (task).",
         rich_help_panel=_TENSORS,
     ),
 ]

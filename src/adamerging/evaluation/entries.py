@@ -39,6 +39,11 @@ class Candidate:
     keeps_statistics: bool = False
 
     @property
+    def masked(self) -> bool:
+        """Whether each task has weights of its own, by its mask."""
+        return self.method is not None and self.method.masks is not None
+
+    @property
     def seeded(self) -> bool:
         """Whether another seed gives another model."""
         return self.adapt is not None or (self.method is not None and self.method.seed is not None)
@@ -122,7 +127,7 @@ def wanted(recipe: Recipe, names: Sequence[str | Mapping[str, Entry | None]]) ->
     for item in names:
         for label, entry in [(item, None)] if isinstance(item, str) else item.items():
             try:
-                made = Wanted(label, _entry(label, entry), recipe)
+                made = Wanted(label, _entry(label, entry, recipe.buffers), recipe)
                 for candidate in made.candidates(0):
                     del candidate
             except UsageError as error:
@@ -145,7 +150,7 @@ def _own(recipe: Recipe) -> Mapping[str, Entry | None]:
     return {label: Entry(method=recipe.method, options=recipe.options, scale=recipe.scale)}
 
 
-def _entry(label: str, entry: Entry | None) -> Entry:
+def _entry(label: str, entry: Entry | None, buffers: str) -> Entry:
     """An entry that names its method or its preset."""
     entry = entry or Entry()
     if entry.method is not None and entry.adapt is not None:
@@ -158,6 +163,8 @@ def _entry(label: str, entry: Entry | None) -> Entry:
             f"{label}: batchnorm is for a static merge; say it among the settings of learning, "
             f"adapt: {{batchnorm: {entry.batchnorm}}}"
         )
+    if entry.batchnorm == "keep" and buffers == "task":
+        raise UsageError(f"{label}: batchnorm: keep does not go with buffers: task; leave out one of them")
     if entry.adapt is not None or entry.method is not None:
         return entry
     name = ALIASES.get(label, label)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, run_warnings
+from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, own_statistics, run_warnings
 from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
-from ..adaptation.loop import Learner, estimate_statistics
+from ..adaptation.loop import Learner, estimate_own, estimate_statistics, taken_statistics
 from ..adaptation.own_parts import Parts, own_warnings
 from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, applied_values, begin, learn, make_learner
@@ -21,6 +21,7 @@ from ..adaptation.statistics import Gathering, gather
 from ..errors import UsageError
 from ..masks import fill_task, task_scales
 from ..merging import check_method
+from ..norms import statistics_of
 from ..run import Prepared, merge_into, statistics_warning
 from ..tasks.task import Task
 from .bench import Bench
@@ -150,11 +151,11 @@ class Maker:
         merged = self._merged(
             informed,
             lambda: merge_into(self.bench.body.tensors, informed, self.bench.workers),
-            keeps_statistics=candidate.keeps_statistics or candidate.method.masks is not None,
+            keeps_statistics=candidate.keeps_statistics or candidate.masked,
         )
         if candidate.method.statistics is not None:
             merged = replace(merged, adapted=True, seconds=seconds + merged.seconds)
-        return merged if candidate.method.masks is None else self._masked(informed, merged)
+        return self._masked(informed, merged) if candidate.masked else merged
 
     def _informed(self, prepared: Prepared) -> Prepared:
         """The same with what the method must know of the tasks' inputs."""
@@ -209,8 +210,30 @@ class Maker:
             if refresh is not None:
                 refresh()
 
-        warnings = [] if refresh is not None else statistics_warning(prepared)
-        return replace(self._timed(again), adapted=refresh is not None, warnings=warnings)
+        own = prepared.own_statistics and prepared.method.masks is None  # which know of their experts'
+        made = replace(
+            self._timed(again),
+            adapted=refresh is not None,
+            warnings=statistics_warning(prepared) if own or refresh is None else [],
+        )
+        return self._with_own(made, prepared) if own else made
+
+    def _with_own(self, made: Made, prepared: Prepared) -> Made:
+        """The same with BatchNorm statistics of each task's own: re-estimated; without data the expert's."""
+        started, body, found = time.perf_counter(), self.bench.body, {}
+        common = taken_statistics(body)
+        tasks = self._data() if made.adapted else {}
+        for learner in self._learners(prepared, tasks) if tasks else ():
+            estimate_own(learner, body, ROUNDS)
+            found[learner.task.name] = learner.statistics
+        for task in self.experts:
+            found.setdefault(task, statistics_of(prepared.vectors, task))
+        body.load_statistics(common)
+
+        def own(task: str) -> None:
+            body.load_statistics(found.get(task, common))
+
+        return replace(made, own=own, seconds=made.seconds + time.perf_counter() - started)
 
     def refresher(self, prepared: Prepared, rounds: int = ROUNDS) -> Callable[[], None] | None:
         """What re-estimates the body's BatchNorm statistics; None without such, or without all experts' data.
@@ -267,6 +290,7 @@ class Maker:
             fill_merged(session, state, applied)
 
         operations = add_operations(session, state, applied, self.say)
+        own = own_statistics(session, state)
         for operation in operations.values():
             operation.detach()
         again()
@@ -282,6 +306,7 @@ class Maker:
             parameters=learned_parameters(session, state, applied, operations),
             seconds=time.perf_counter() - started,
             operations=operations,
+            own=(lambda task: bench.body.load_statistics(own.get(task, {}))) if own else None,
         )
 
     def _timed(self, fill: Callable[[], None]) -> Made:

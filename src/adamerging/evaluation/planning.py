@@ -60,6 +60,7 @@ class Planned:
                         candidate.settings.model_dump(exclude={"threads"}),
                         candidate.adapt and candidate.adapt.model_dump(exclude={"save_every", "budget"}),
                         *(["statistics kept"] if candidate.keeps_statistics else []),
+                        *(["the experts' statistics"] if candidate.masked else []),
                     ]
                     for candidate in self.wanted.candidates(self.seed)
                 ],
@@ -68,6 +69,8 @@ class Planned:
             entry = self.beside.content(bench)
         transductive = None if self.wanted is None else self.wanted.recipe.transductive
         own: list[Any] = [self.kind, self.seed, self.group, self.experts, self.tasks, entry, transductive]
+        if self.kind == "average" and bench.prepared.own_statistics:
+            own.append("statistics of each task's own")
         outside = [bench.content_outside[name] for name in self.unseen]
         scoring = scoring_of(bench.settings, whole=self.group is None)
         return key("row", VERSION, own, scoring, str(bench.device), bench.content, outside)

@@ -68,6 +68,11 @@ def _data_note(record: Mapping[str, Any]) -> str:
             "Each task has **weights of its own**, made from one vector and its mask in `masks/` "
             "when the folder is opened with the task's name. The body by itself is no multi-task model."
         )
+    if record.get("recipe", {}).get("buffers") == "task":
+        notes.append(
+            "Each task has **BatchNorm statistics of its own**, with its head in `heads/`; those of the body "
+            "serve whoever opens it without a task."
+        )
     if record.get("routing"):
         notes.append(
             "It **routes by input**: the linear maps listed under `routing` in `run.json` have other weights "
