@@ -75,7 +75,7 @@ def shared(folder: Path, order: Sequence[str], found: Mapping[str, Records]) -> 
     trials = trials or store.get("trials", [])
     if not trials:
         return []
-    body = store.get("base_parameters") or (body_of(found) if found else None)
+    body = body_of(found) if found else store.get("base_parameters")
     rows = []
     for penalty in sorted({trial["penalty"] for trial in trials}):
         mine = [trial for trial in trials if trial["penalty"] == penalty]

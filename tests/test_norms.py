@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adamerging as am
+from adamerging.adaptation.batchnorm import batch_statistics
 from adamerging.adaptation.loop import InterruptedRun
 from adamerging.errors import UsageError
 from adamerging.norms import OWN
@@ -143,3 +144,23 @@ def test_what_does_not_go_together_is_refused(family: Any, tmp_path: Path, setti
     with pytest.raises(UsageError, match=f"buffers: task does not go with {named}"):
         merged(family, tmp_path / "out", learn=True, **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_learning_goes_by_the_statistics_of_each_batch() -> None:
+    net, inputs = Net().double().eval(), torch.randn(6, 2, 5, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.norm(net.stem(inputs)).square().sum().backward()
+    fixed = net.stem.weight.grad.abs().max()
+    net.zero_grad()
+    with batch_statistics(net):
+        found = net.norm(net.stem(inputs))
+        assert found.mean((0, 2)).tolist() == pytest.approx([0.0] * 4, abs=1e-9)
+        found.square().sum().backward()
+    assert 0 < net.stem.weight.grad.abs().max() < 0.01 * fixed  # a batch's own scale is no matter
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not net.norm.training and net.norm.momentum == 0.1
+
+
+def test_batches_of_one_sample_are_learned_from_too(family: Any, tmp_path: Path) -> None:
+    made = merged(family, tmp_path / "out", learn=True, batch_size=1)
+    assert len(made.history) >= LEARN["steps"]

@@ -230,9 +230,7 @@ def test_plain_modules_share_with_statistics_of_their_own(
     cli: Cli, sharing: Recipe, tmp_path: Path, stored: list[dict[str, Any]]
 ) -> None:
     torch.manual_seed(0)
-    save_file(
-        {k: v for k, v in Net().state_dict().items() if not k.startswith("fc")}, tmp_path / "net.safetensors"
-    )
+    save_file(Net(5).state_dict(), tmp_path / "net.safetensors")
     write_images(tmp_path / "light.npz", 2, {"train": 48, "val": 16})
     task = {
         "train": "light.npz:train", "val": "light.npz:val", "model": "finetuning_data:Net",
@@ -241,6 +239,9 @@ def test_plain_modules_share_with_statistics_of_their_own(
     path = sharing(base="net.safetensors", tasks={"light": task}, gates={"penalty": 0.0})
     result = found(cli("share", path, "--json"))
     assert result["tasks"]["light"]["layers"] == 1
+    assert (
+        result["base_parameters"] == 3 * 3 * 3 * 8 + 8 + 4 * 8 + 1
+    )  # without the head of its own five classes
     shared = stored[0]["tasks"]["light"]
     assert set(shared.delta) == {"conv.weight"} and set(shared.head) == {"fc.weight", "fc.bias"}
     assert set(shared.own) == {

@@ -7,7 +7,8 @@ statistics has to serve them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,26 @@ def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
     return [
         part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None
     ]
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalise by the statistics of each batch, and let gradients through them; the running ones stay.
+
+    Args:
+        module: whose layers do so.
+    """
+    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in batchnorm_layers(module)]
+    for layer, _, counter in layers:
+        layer.momentum = 0.0
+        layer.num_batches_tracked = None if counter is None else counter.clone()
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer, momentum, counter in layers:
+            layer.momentum, layer.num_batches_tracked = momentum, counter
+            layer.eval()
 
 
 def recalibrate(

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import AdamergingError, UsageError
 from ..tasks.task import Inputs, Task
 from .batches import Batches
-from .batchnorm import batchnorm_layers, recalibrate
+from .batchnorm import batch_statistics, batchnorm_layers, recalibrate
 from .body import Body
 from .objectives import Objective, sample_entropy
 from .parametrisation import Learned
@@ -265,7 +265,9 @@ def run_batches(
             for part in range(settings.batches_per_step):
                 samples = learner.batches.at(step * settings.batches_per_step + part)
                 inputs = learner.inputs(samples, body.device)
-                with attention_for(inputs):
+                alone = not learner.statistics or len(samples) == 1
+                own = nullcontext() if alone else batch_statistics(learner.module)
+                with attention_for(inputs), own:
                     logits = learner.task.forward(learner.module, inputs)
                 loss = objective.loss(
                     logits.float() if logits.dtype == torch.bfloat16 else logits,

@@ -119,7 +119,12 @@ def saver(
 
     def save(trained: nn.Module, folder: Path) -> None:
         task = collect(learner.name, gates, learner.head, in_base)
-        save_task(task, folder, figures_of(task, gates))
+        body = {
+            name: tensor.numel()
+            for path, tensor in gates.module.state_dict().items()
+            if path not in learner.head and (name := in_base(path)) is not None
+        }
+        save_task(task, folder, {**figures_of(task, gates), "body": sum(body.values())})
         model = folder / MODEL
         model.mkdir()
         plain(trained, model)

@@ -81,7 +81,7 @@ class ShareResult:
     Attributes:
         out: the store's folder.
         base: the base that the tasks share: as given to `open_weights`.
-        base_parameters: its number of values.
+        base_parameters: number of its values that the tasks' models have; its own head is none of theirs.
         trials: every task with every penalty, in the recipe's order; none of them trained in a dry run.
         chosen: the trial of each task of the recipe that is stored; empty in a dry run.
         others: tasks that the store has from earlier runs, and keeps.
@@ -187,7 +187,8 @@ def share(
     status: Status = "to train" if dry_run else "trained"
     trials = [each.outcome(status) for each in waiting]
     chosen = {} if dry_run else {part.name: _choose(part.name, trials, recipe.tolerance) for part in parts}
-    size = sum(spec.numel for spec in parts[0].base.specs.values())
+    whole = sum(spec.numel for spec in parts[0].base.specs.values())
+    size = max((trial.figures["body"] for trial in trials if "body" in trial.figures), default=whole)
     result = ShareResult(out, source, size, trials, chosen, others)
     for name, trial in chosen.items():
         if not trial.figures["open"]:
