@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adamerging.evaluation.making import PER_TASK
 from adamerging.evaluation.records import CLEAN
 from adamerging.report.aggregate import mean_accuracy, scores_of, seed_groups, split_condition, spread
 from adamerging.report.lines import Line, lines_of, unseen_tasks
@@ -88,7 +89,7 @@ def short(run: Run) -> str:
 
 def _single(line: Line) -> bool:
     """Whether a line is one model for all tasks."""
-    return not any(note.startswith("no single model") for row in line.rows for note in row.warnings)
+    return not any(PER_TASK in row.warnings for row in line.rows)
 
 
 def models(run: Run) -> str:

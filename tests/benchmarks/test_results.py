@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adamerging.evaluation.making import PER_TASK
 from adamerging.finetuning.record import RECORD
 
 with pytest.MonkeyPatch.context() as patch:  # for this import alone: there is a tests/adaptation, too
@@ -80,7 +81,7 @@ def suite(tmp_path: Path) -> Path:
     best = row("swept", "static", 0.6, unseen, chosen_on="val")
     merged = [
         best, failed, row("ties", "static", 0.56),
-        row("masks", "static", 0.64, warnings=["no single model: each task has its own"]),
+        row("masks", "static", 0.64, warnings=[PER_TASK]),
         row("multi-task", "plain", 0.76),
     ]  # fmt: skip
     write(folder / "compare", [row("base", "base", 0.4, unseen), *experts, *merged, *learned], 12)
