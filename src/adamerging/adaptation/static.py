@@ -198,7 +198,8 @@ def _merge(
             own = bench.own_statistics()
         scores = bench.score(fill, say, (lambda task: bench.body.load_statistics(own[task])) if own else None)
         fill()  # the body's own statistics, after those of the last task
-    extra: dict[str, Any] = {"statistics": "re-estimated on the tasks' data"} if estimated else {}
+    said = "re-estimated on the tasks' data" + (", for each task on its own" if own else "")
+    extra: dict[str, Any] = {"statistics": said} if estimated else {}
     warned = prepared.own_statistics or not estimated
     extra["warnings"] = idle_warnings(prepared.vectors) + (statistics_warning(prepared) if warned else [])
     return bench.body, own, extra | scores

@@ -292,7 +292,8 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
             "by itself is no multi-task model"
         )
     if record.get("statistics"):
-        show.note(f"BatchNorm statistics: {record['statistics']}")
+        other = "" if record["recipe"].get("buffers") == "task" else "; --buffers task has a set a task"
+        show.note(f"BatchNorm statistics: {record['statistics']}{other}")
     if nbytes := newly_kept():
         show.note(
             f"{show.size(nbytes)} of decompositions are kept for merges of the same experts; "
