@@ -433,7 +433,7 @@ def test_the_model_type_is_named():
         ({"exclude": ["encodr.*"]}, "exclude: the pattern 'encodr.*' matches no tensor; the nearest"),
         ({"include": ["zzz"]}, "include: the pattern 'zzz' matches no tensor"),
         ({"heads": ["top.*"]}, "heads: the pattern 'top.*'"),
-        ({"buffers": "mean"}, "buffers must be one of average, base, method, got 'mean'"),
+        ({"buffers": "mean"}, "buffers must be one of average, base, method, task, got 'mean'"),
         ({"vocabulary": "grow"}, "vocabulary must be one of refuse, shared"),
     ],
 )
