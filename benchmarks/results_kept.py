@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from results_compared import grid
+
 Grid = list[list[str]]
 
 
@@ -39,12 +41,12 @@ def with_rows_of(new: str, old: str) -> str:
     return text if rest or not others else f"{text}\n\n{others}"
 
 
-def _place(row: Sequence[str]) -> tuple[int, float, str]:
+def _place(row: Sequence[str]) -> tuple[int, float]:
     """Penalties in their order, then the tasks' choice, then the other ways to train as they come."""
     label = row[0]
     if label.startswith("shared, penalty "):
-        return 0, float(label.rsplit(" ", 1)[1]), ""
-    return (1, 0.0, "") if label.startswith("shared") else (2, 0.0, "")
+        return 0, float(label.rsplit(" ", 1)[1])
+    return (1 if label.startswith("shared") else 2), 0.0
 
 
 def _grid(text: str) -> Grid:
@@ -69,12 +71,10 @@ def _after(text: str) -> str:
     return text.partition(table)[2].strip() if table else ""
 
 
-def _replaced(text: str, grid: Grid, notes: Sequence[str] = ()) -> str:
+def _replaced(text: str, cells: Grid, notes: Sequence[str] = ()) -> str:
     """The text with another table in the place of its first, and more notes above it."""
-    dashes = ["---", *["---:"] * (len(grid[0]) - 1)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (grid[0], dashes, *grid[1:]))
     before, own, after = text.partition("\n".join(_lines(text)))
     assert own
     notes = [note for note in notes if note not in before]
     told = "\n".join([before.rstrip(), *notes]) + "\n\n" if notes else before
-    return f"{told}{table}{after}"
+    return f"{told}{grid(cells[0], cells[1:])}{after}"

@@ -67,9 +67,14 @@ class Prepared:
 
     @property
     def own_statistics(self) -> bool:
-        """Whether each task has BatchNorm statistics of its own; with masks always."""
-        asked = self.settings.buffers == "task" or self.method.masks is not None
+        """Whether each task has BatchNorm statistics of its own beside the common weights, as asked."""
+        asked = self.settings.buffers == "task" and self.method.masks is None
         return asked and bool(self.plan.with_treatment("averaged"))
+
+    @property
+    def statistics_with_heads(self) -> bool:
+        """Whether BatchNorm statistics lie with each task's head; with masks they are always its expert's."""
+        return self.own_statistics or self.method.masks is not None
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +82,7 @@ class Prepared:
         body = sum(spec.nbytes for specs in self.files.values() for spec in specs.values())
         heads = sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
         masks = masked_nbytes(self) if self.method.masks is not None else 0
-        averaged = self.plan.with_treatment("averaged") if self.own_statistics else ()
+        averaged = self.plan.with_treatment("averaged") if self.statistics_with_heads else ()
         own = len(self.vectors.tasks) * sum(entry.spec.nbytes for entry in averaged)
         return body + heads + own + masks + self._extra_nbytes()
 
@@ -363,7 +368,7 @@ def head_of(prepared: Prepared, task: str, statistics: Statistics | None = None)
             head[name] = (own.float() + change.reshape(own.shape)).to(own.dtype)
         else:
             head[name] = expert.read(name).clone()
-    if prepared.own_statistics:
+    if prepared.statistics_with_heads:
         head |= as_stored(vectors, task, statistics or statistics_of(vectors, task))
     return head | extra(expert, prepared.plan.extra_rows.get(task, {}))
 
@@ -507,9 +512,9 @@ def idle_warnings(vectors: TaskVectors) -> list[str]:
 
 def statistics_warning(prepared: Prepared) -> list[str]:
     """One sentence where the merged model has BatchNorm statistics not its own, or each task has some."""
-    if prepared.own_statistics and prepared.method.masks is None:
+    if prepared.own_statistics:
         return [OWN]
-    if not prepared.plan.with_treatment("averaged") or prepared.own_statistics:
+    if not prepared.plan.with_treatment("averaged") or prepared.statistics_with_heads:
         return []
     return [
         "the model has BatchNorm, and its statistics are the mean of the experts', not those of the merged "

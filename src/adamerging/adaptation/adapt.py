@@ -264,7 +264,9 @@ def score_session(
     body, vectors, learners = session.body, session.prepared.vectors, session.learners
     if all(learner.task.evaluate is None for learner in learners):
         return None
-    estimated = session.settings.batchnorm == "recalibrate" and batchnorm_layers(learners[0].module)
+    own, each = own_statistics(session, state), {learner.task.name: learner for learner in learners}
+    recalibrates = session.settings.batchnorm == "recalibrate" and not own
+    estimated = recalibrates and batchnorm_layers(learners[0].module)
 
     def refresh() -> None:
         if estimated:
@@ -288,7 +290,6 @@ def score_session(
         "base": lambda: body.load_base(vectors), "average": average, "start": start, "merged": merged,
     }  # fmt: skip
     tasks = [(learner.task, learner.module) for learner in learners]
-    own, each = own_statistics(session, state), {learner.task.name: learner for learner in learners}
 
     def anew(task: str) -> None:
         estimate_statistics([each[task]], body.device, 16)

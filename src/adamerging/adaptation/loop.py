@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import AdamergingError, UsageError
+from ..naming import is_statistics
+from ..norms import statistics_of
+from ..task_vectors import TaskVectors
 from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batch_statistics, batchnorm_layers, recalibrate
@@ -183,18 +186,19 @@ class Loop:
         if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
             return
         last = state.step >= self.settings.steps
-        if (state.own or state.statistics) and state.step % self.settings.batchnorm_every and not last:
-            self.body.load_statistics(state.statistics)
-            for learner in self.learners:
-                learner.statistics = state.own_of(learner.task.name)
-            return
-        rounds = 16 if last else 4
+        known = state.own or state.statistics
+        if last or not known or state.step % self.settings.batchnorm_every == 0:
+            self._estimate(state, 16 if last else 4, common=last or not self.own_statistics)
+        self.body.load_statistics(state.statistics)
+        for learner in self.learners:
+            learner.statistics = state.own_of(learner.task.name)
+
+    def _estimate(self, state: State, rounds: int, *, common: bool) -> None:
+        """Re-estimate the statistics: each task's own where it has some, and those common to all."""
         if self.own_statistics:
-            for learner in self.learners:
-                estimate_own(learner, self.body, rounds)
-            own = {learner.task.name: learner.statistics for learner in self.learners}
+            own = {learner.task.name: own_of_task(learner, self.body, rounds) for learner in self.learners}
             state.own = {f"{task}/{n}": tensor for task, found in own.items() for n, tensor in found.items()}
-        if last or not self.own_statistics:  # the body's own are for whoever opens it without a task
+        if common:  # where tasks have their own, for whoever opens the body without a task
             estimate_statistics(self.learners, self.body.device, rounds)
             state.statistics = taken_statistics(self.body)
 
@@ -376,16 +380,28 @@ def estimate_statistics(learners: Sequence[Learner], device: torch.device, round
     )
 
 
-def estimate_own(learner: Learner, body: Body, rounds: int) -> None:
-    """Re-estimate the statistics of one task's own on its training samples; the body is left with them."""
+def own_of_task(learner: Learner, body: Body, rounds: int) -> dict[str, Tensor]:
+    """The statistics of one task's own, re-estimated on its training samples; the body is left with them."""
     estimate_statistics([learner], body.device, rounds)
-    learner.statistics = taken_statistics(body)
+    return taken_statistics(body)
+
+
+def own_of_each(
+    learners: Sequence[Learner], vectors: TaskVectors, body: Body, rounds: int
+) -> dict[str, dict[str, Tensor]]:
+    """Statistics of each task's own for the weights in the body, by task: without a learner its expert's.
+
+    The body has the statistics afterwards that it had before.
+    """
+    common = taken_statistics(body)
+    found = {learner.task.name: own_of_task(learner, body, rounds) for learner in learners}
+    body.load_statistics(common)
+    return {task: found.get(task) or statistics_of(vectors, task) for task in vectors.tasks}
 
 
 def taken_statistics(body: Body) -> dict[str, Tensor]:
     """A copy of the BatchNorm statistics in use."""
-    names = [name for name in body.tensors if name.endswith(("running_mean", "running_var"))]
-    return {name: body.tensors[name].detach().clone() for name in names}
+    return {name: tensor.detach().clone() for name, tensor in body.tensors.items() if is_statistics(name)}
 
 
 def autocast(settings: Precise, body: Body) -> AbstractContextManager[Any]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..masks import fill_task, refuse_masks, task_scales
-from ..norms import statistics_of
 from ..run import (
     MergeResult,
     Prepared,
@@ -29,7 +28,7 @@ from ..tasks.task import Task
 from ..weights import Fingerprints
 from .body import Body
 from .cache import content_of
-from .loop import estimate_statistics, taken_statistics
+from .loop import estimate_statistics, own_of_each, taken_statistics
 from .scoring import Fill, FillOwn, average_into, score
 from .session import make_learner
 from .settings import resolve
@@ -186,18 +185,21 @@ def _merge(
     with Workers(prepared.settings.threads) as workers:
         bench = _Bench(prepared, tasks, workers, estimated)
 
+        own: dict[str, dict[str, Tensor]] = {}
+        common: dict[str, Tensor] = {}
+
         def fill() -> None:
             with torch.no_grad():
                 for name, tensor in bench.body.tensors.items():
                     tensor.copy_(merged[name])
             bench.refresh()
+            if prepared.own_statistics:
+                own.update(own_of_each(bench.learners, prepared.vectors, bench.body, _ROUNDS))
+                common.update(taken_statistics(bench.body))
 
-        own: dict[str, dict[str, Tensor]] = {}
-        if prepared.own_statistics:
-            fill()
-            own = bench.own_statistics()
-        scores = bench.score(fill, say, (lambda task: bench.body.load_statistics(own[task])) if own else None)
-        fill()  # the body's own statistics, after those of the last task
+        each = (lambda task: bench.body.load_statistics(own[task])) if prepared.own_statistics else None
+        scores = bench.score(fill, say, each)
+        bench.body.load_statistics(common)  # after those of the last task
     said = "re-estimated on the tasks' data" + (", for each task on its own" if own else "")
     extra: dict[str, Any] = {"statistics": said} if estimated else {}
     warned = prepared.own_statistics or not estimated
@@ -231,27 +233,11 @@ class _Bench:
         if self.learners:
             estimate_statistics(self.learners, self.body.device, _ROUNDS)
 
-    def own_statistics(self, only: str | None = None) -> dict[str, dict[str, Tensor]]:
-        """Statistics of each task's own for the weights in the body: re-estimated, or the experts'.
-
-        Args:
-            only: this task's alone; the body is left with them.
-        """
-        learners = {learner.task.name: learner for learner in self.learners}
-        found = {}
-        for task in self.vectors.tasks if only is None else [only]:
-            if task in learners:
-                estimate_statistics([learners[task]], self.body.device, _ROUNDS)
-                found[task] = taken_statistics(self.body)
-            else:
-                found[task] = statistics_of(self.vectors, task)
-                self.body.load_statistics(found[task])
-        return found
-
     def average(self) -> None:
         """Make the body the experts' average."""
         average_into(self.body, self.vectors, self.workers)
-        self.refresh()
+        if not self.own:
+            self.refresh()
 
     def score(self, merged: Fill, say: Callable[[str], None], own: FillOwn | None = None) -> dict[str, Any]:
         """The scores for the record, if any task has labelled data; the body ends as the merge.
@@ -267,11 +253,8 @@ class _Bench:
             "merged": merged,
         }
         each: dict[str, FillOwn] = {} if own is None else {"merged": own}
-        if self.own and self.learners:
-
-            def anew(task: str) -> None:
-                self.own_statistics(task)
-
-            each["average"] = anew
+        learners = {learner.task.name: learner for learner in self.learners}
+        if self.own and learners:
+            each["average"] = lambda task: estimate_statistics([learners[task]], self.body.device, _ROUNDS)
         found = score(self.modules, self.body, self.vectors, models, say, each)
         return {} if found is None else {"scores": found.as_dict()}

@@ -20,6 +20,7 @@ from ..adaptation.store import VectorStore
 from ..run import Prepared
 from ..stream import Workers
 from ..tasks.task import Samples, Task
+from ..weights import Weights
 from .cache import Result, find, keep, result_key
 from .inference import Feed, logits_from
 from .records import CLEAN, ScoreRecord
@@ -138,11 +139,17 @@ class Bench:
         VectorStore(self.prepared.vectors, self.workers).scan()
         return True
 
+    def content_of(self, weights: Sequence[Weights]) -> list[Any]:
+        """What identifies each of these weights; every file is hashed once."""
+        unknown = [item for item in weights if not self.hashes.keys() >= set(item.files)]
+        self.hashes |= hash_files(unknown, self.workers)
+        return [content_of(item, self.hashes) for item in weights]
+
     @cached_property
     def content(self) -> list[Any]:
         """What identifies weights and data, for the rows' keys."""
         vectors = self.prepared.vectors
-        weights = [content_of(item, self.hashes) for item in (vectors.base, *vectors.experts.values())]
+        weights = self.content_of([vectors.base, *vectors.experts.values()])
         return [list(vectors.tasks), weights, [_content(name, seat) for name, seat in self.seats.items()]]
 
     @cached_property

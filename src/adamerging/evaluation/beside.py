@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..adaptation.cache import content_of
-from ..adaptation.session import hash_files
 from ..errors import UsageError
 from ..tasks.spec import TaskSpec
 from ..validation import Problems, nearest
@@ -36,12 +34,11 @@ class Beside:
 
     def content(self, bench: Bench) -> list[Any]:
         """What identifies its weights, for the row's key."""
-        parts: dict[str, list[Weights]] = {}
+        found = []
         for task, model in self.opened.items():
             own, body, _ = model.parts(task)
-            parts[task] = [own] if own is body else [own, body]
-        hashes = hash_files([weights for own in parts.values() for weights in own], bench.workers)
-        return [[task, [content_of(weights, hashes) for weights in own]] for task, own in parts.items()]
+            found.append([task, bench.content_of([own] if own is body else [own, body])])
+        return found
 
     def scores(self, bench: Bench, specs: Mapping[str, TaskSpec]) -> Iterator[ScoreRecord]:
         """Its scores on the tasks it has, under every condition, as the other rows have them.
@@ -92,23 +89,25 @@ def open_beside(
         WeightsError: a folder cannot be opened.
     """
     problems, found = Problems(), []
+    opening = cache(partial(open_model, base=base))  # a merge has one folder for all of its tasks
     for label, given in models.items():
         with problems.gathered():
             if label in labels:
                 raise UsageError(f"'{label}' is another row's name; give the model another")
-            folders = _by_task(label, given, tasks)
-            # A merge has one folder for all of its tasks: opened once.
-            opened = {folder: open_model(folder, base) for folder in dict.fromkeys(folders.values())}
+            folders = _by_task(label, given, tasks, opening)
+            opened = {task: opening(folder) for task, folder in folders.items()}
             _check_heads(label, folders, opened)
-            found.append(Beside(label, folders, {task: opened[path] for task, path in folders.items()}))
+            found.append(Beside(label, folders, opened))
     problems.refuse("compare.models")
     return found
 
 
-def _by_task(label: str, given: str | Mapping[str, str], tasks: Sequence[str]) -> dict[str, Path]:
+def _by_task(
+    label: str, given: str | Mapping[str, str], tasks: Sequence[str], opening: Callable[[Path], OpenedModel]
+) -> dict[str, Path]:
     """The folders by task, in the tasks' order."""
     if isinstance(given, str):
-        return _found_in(label, Path(given).expanduser(), tasks)
+        return _found_in(label, Path(given).expanduser(), tasks, opening)
     strange = [name for name in given if name not in tasks]
     known = f"there are {', '.join(tasks)}"
     if strange:
@@ -120,14 +119,16 @@ def _by_task(label: str, given: str | Mapping[str, str], tasks: Sequence[str]) -
     return {name: Path(given[name]).expanduser() for name in tasks if name in given}
 
 
-def _found_in(label: str, folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
+def _found_in(
+    label: str, folder: Path, tasks: Sequence[str], opening: Callable[[Path], OpenedModel]
+) -> dict[str, Path]:
     """The tasks that one folder has, each with where."""
     if not folder.exists():
         raise UsageError(f"{label}: there is no {folder}")
     apart = {name: folder / name for name in tasks if (folder / name).is_dir()}
     if apart:
         return apart
-    has = open_model(folder).tasks
+    has = opening(folder).tasks
     if has is None and len(tasks) == 1:
         return {tasks[0]: folder}
     if has is None:
@@ -141,12 +142,12 @@ def _found_in(label: str, folder: Path, tasks: Sequence[str]) -> dict[str, Path]
     return common
 
 
-def _check_heads(label: str, folders: Mapping[str, Path], opened: Mapping[Path, OpenedModel]) -> None:
+def _check_heads(label: str, folders: Mapping[str, Path], opened: Mapping[str, OpenedModel]) -> None:
     """Refuse a task that its folder has no head for."""
     lacking = [
         f"{folder} has no task {task}, it has {', '.join(tasks)}"
         for task, folder in folders.items()
-        if (tasks := opened[folder].tasks) is not None and task not in tasks
+        if (tasks := opened[task].tasks) is not None and task not in tasks
     ]
     if lacking:
         raise UsageError(f"{label}: {'; '.join(lacking)}")

@@ -227,11 +227,11 @@ class _Run:
             own = {(name, False) for name in planned.tasks}
             scores = [s for s in whole.scores if s.condition == CLEAN and (s.task, s.unseen) in own]
             return whole.model_copy(update={"group": planned.group, "key": key, "scores": scores, "why": {}})
-        if planned.beside is not None:
-            return self._beside(planned.beside, row)
         state = self.folder.state(content_key(key))
         maker = Maker(self.bench, planned.experts, say=self.say)
         try:
+            if planned.beside is not None:
+                return row.model_copy(update=self._beside(planned.beside))
             if planned.kind not in ("base", "expert") and self._explains(planned):
                 self._ask_experts(planned.tasks)
             give_back_freed_memory()  # of the row before, whose memory this one's figure would show
@@ -260,15 +260,11 @@ class _Run:
             }
         )
 
-    def _beside(self, model: Beside, row: Row) -> Row:
-        """The row of a model made elsewhere: there is nothing to make."""
-        give_back_freed_memory()
-        try:
-            scores = normalised(list(model.scores(self.bench, self.recipe.tasks)), self.references)
-        except AdamergingError as error:
-            return row.model_copy(update={"failed": str(error)})
+    def _beside(self, model: Beside) -> dict[str, Any]:
+        """What the row of a model made elsewhere says: there is nothing to make."""
+        scores = normalised(list(model.scores(self.bench, self.recipe.tasks)), self.references)
         folders = {task: str(folder) for task, folder in model.folders.items()}
-        return row.model_copy(update={"scores": scores, "settings": {"model": folders}})
+        return {"scores": scores, "settings": {"model": folders}}
 
     def _explains(self, planned: Planned) -> bool:
         """Whether a row is explained: those of all experts are."""

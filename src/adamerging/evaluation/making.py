@@ -12,7 +12,7 @@ from typing import Any
 from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, own_statistics, run_warnings
 from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
-from ..adaptation.loop import Learner, estimate_own, estimate_statistics, taken_statistics
+from ..adaptation.loop import Learner, estimate_statistics, own_of_each, taken_statistics
 from ..adaptation.own_parts import Parts, own_warnings
 from ..adaptation.scoring import average_into
 from ..adaptation.session import Session, applied_values, begin, learn, make_learner
@@ -21,7 +21,6 @@ from ..adaptation.statistics import Gathering, gather
 from ..errors import UsageError
 from ..masks import fill_task, task_scales
 from ..merging import check_method
-from ..norms import statistics_of
 from ..run import Prepared, merge_into, statistics_warning
 from ..tasks.task import Task
 from .bench import Bench
@@ -210,7 +209,7 @@ class Maker:
             if refresh is not None:
                 refresh()
 
-        own = prepared.own_statistics and prepared.method.masks is None  # which know of their experts'
+        own = prepared.own_statistics
         made = replace(
             self._timed(again),
             adapted=refresh is not None,
@@ -220,15 +219,9 @@ class Maker:
 
     def _with_own(self, made: Made, prepared: Prepared) -> Made:
         """The same with BatchNorm statistics of each task's own: re-estimated; without data the expert's."""
-        started, body, found = time.perf_counter(), self.bench.body, {}
-        common = taken_statistics(body)
-        tasks = self._data() if made.adapted else {}
-        for learner in self._learners(prepared, tasks) if tasks else ():
-            estimate_own(learner, body, ROUNDS)
-            found[learner.task.name] = learner.statistics
-        for task in self.experts:
-            found.setdefault(task, statistics_of(prepared.vectors, task))
-        body.load_statistics(common)
+        started, body = time.perf_counter(), self.bench.body
+        learners = self._learners(prepared, self._data()) if made.adapted else []
+        common, found = taken_statistics(body), own_of_each(learners, prepared.vectors, body, ROUNDS)
 
         def own(task: str) -> None:
             body.load_statistics(found.get(task, common))
