@@ -106,10 +106,11 @@ def _together(new: Parts, old: Parts) -> Parts:
 
 
 def page(suites: dict[str, Parts]) -> str:
-    """The whole page: suites between marks, each with its training, its methods, then its tables."""
-    first = ("", TRAINING, SHARING, METHODS)
+    """The whole page: suites between marks, each its training and methods, then its tables in its order."""
     texts = [HEAD]
     for name, parts in suites.items():
+        tables = load_suite(name).tables if name in names() else ()
+        first = ["", TRAINING, SHARING, METHODS, *map(str.capitalize, tables)]
         order = sorted(parts, key=lambda title: first.index(title) if title in first else len(first))
         body = "\n\n".join(parts[title] for title in order)
         texts.append(f"<!-- suite: {name} -->\n{body}\n\n<!-- end: {name} -->\n")

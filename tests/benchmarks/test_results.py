@@ -166,6 +166,14 @@ def test_keep_replaces_what_there_are_records_of(suite: Path, tmp_path: Path) ->
     assert "## toys" not in page.read_text() and "### Shift" not in page.read_text()
 
 
+def test_tables_of_a_known_suite_stand_in_its_order(tmp_path: Path) -> None:
+    page, folder = tmp_path / "results.md", tmp_path / "text8-zeroshot"
+    for table in ("compare-full", "compare-shift", "compare", "compare-own"):
+        write(folder / table, [row("base", "base", 0.4)])
+        results.main([str(folder), "--out", str(page), "--keep"])
+    assert list(results.read(page.read_text())[folder.name]) == ["", "Methods", "Shift", "Full", "Own"]
+
+
 def test_keep_loses_no_training(suite: Path, tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     results.main([str(suite), "--out", str(page)])
