@@ -52,6 +52,20 @@ def test_the_outlook_counts_the_steps_of_what_is_yet_to_be_learned() -> None:
     assert str(outlook(rows, {row.name for row in rows})) == "4 rows, 4 of them kept"
 
 
+def test_many_steps_are_told_with_their_time() -> None:
+    rows = rows_of(
+        {"paper": Entry(adapt={"preset": "paper", "steps": 100})},
+        {"short": Entry(adapt={"preset": "paper", "steps": 20, "batch_size": 2})},
+    )
+    pace = {16: 0.5, 2: 0.1}
+    found = outlook(rows, set(), anew=2, pace=lambda adapt: pace[adapt.batch_size])
+    assert found.steps == 3 * (100 + 20) and found.seconds == pytest.approx(3 * (50 + 2))
+    assert str(found) == "2 rows; 2 to learn, 360 steps in all, about 2 min 36 s"
+    assert outlook(rows, set(), pace=lambda _: 1 / 0).seconds is None  # few: not tried
+    unknown = outlook(rows, set(), anew=2, pace=lambda adapt: None if adapt.batch_size == 2 else 0.5)
+    assert unknown.seconds is None and str(unknown).endswith("360 steps in all")
+
+
 def test_statistics_are_kept_by_a_static_merge_alone() -> None:
     rows = rows_of({"kept": Entry(method="ties", batchnorm="keep")}, {"usual": Entry(method="ties")})
     keeps = [row.wanted.candidates()[0].keeps_statistics for row in rows if row.wanted]

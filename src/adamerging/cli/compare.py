@@ -89,7 +89,7 @@ def compare(
     plain = as_json or form is not Format.table
     with progress() as say:
         found = run(
-            loaded, out=folder, say=say, on_plan=lambda plan: None if plain else show.note(str(plan)),
+            loaded, out=folder, say=say, on_plan=None if plain else lambda plan: show.note(str(plan)),
             command=command_of(recipe, folder, given), **changes,
         )  # fmt: skip
         page = None if no_report else _page(folder, say)

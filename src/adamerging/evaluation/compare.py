@@ -33,11 +33,12 @@ from .entries import wanted
 from .explaining import explain, explains
 from .making import Made, Maker
 from .outsiders import Outsiders, plan_outsiders, seat_outsiders
+from .pace import pace
 from .planning import AVERAGE, BASE, Outlook, Planned, outlook, plan_rows, scoring_of
 from .records import CLEAN, EXPERTS, Comparison, Row, ScoreRecord, TaskRecord
 from .settings import CompareSettings
 from .shift import check_shift
-from .shifted import adapted_anew
+from .shifted import adapted_anew, times_anew
 from .slicing import check_slice, slice_record, still_true
 from .store import RunFolder, row_name
 from .usage import PeakMemory
@@ -53,7 +54,7 @@ def compare(
     out: str | Path,
     say: Say = lambda _: None,
     on_row: OnRow = lambda _: None,
-    on_plan: OnPlan = lambda _: None,
+    on_plan: OnPlan | None = None,
     command: str | None = None,
     **settings: Any,
 ) -> Comparison:
@@ -105,7 +106,8 @@ def compare(
             models,
         )  # fmt: skip
         there = {row.name for row in planned if folder.find_row(row.name, row.key(bench)) is not None}
-        on_plan(outlook(planned, there))
+        if on_plan is not None:
+            on_plan(outlook(planned, there, anew=times_anew(bench), pace=pace(bench)))
         return _Run(recipe, bench, folder, planned, say, on_row, command).run()
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from ..adaptation.cache import key
 from ..adaptation.settings import AdaptSettings
+from ..units import duration
 from .bench import Bench
 from .beside import Beside
 from .cache import VERSION
 from .entries import Wanted
+from .pace import Pace
 from .records import RowKind
 from .settings import CompareSettings
 from .splits import Group
@@ -76,6 +78,10 @@ class Planned:
         return key("row", VERSION, own, scoring, str(bench.device), bench.content, outside)
 
 
+MANY = 200
+"""Steps from which on it is worth a try to say how long they take."""
+
+
 @dataclass(frozen=True)
 class Outlook:
     """What a comparison has before it, known before its first row.
@@ -84,33 +90,49 @@ class Outlook:
         rows: how many it has.
         kept: of these, rows that an earlier run left and that are as good as new.
         learning: rows to be made whose coefficients are learned.
-        steps: optimisation steps that these take together, all that a sweep tries included.
+        steps: optimisation steps that these take together, all that a sweep tries included, and those of
+            learning anew under every corruption.
+        seconds: about how long the steps take; None for few, and where it could not be tried.
     """
 
     rows: int
     kept: int
     learning: int
     steps: int
+    seconds: float | None = None
 
     def __str__(self) -> str:
         kept = f", {self.kept} of them kept" if self.kept else ""
         learned = f"; {self.learning} to learn, {self.steps} steps in all" if self.learning else ""
-        return f"{self.rows} rows{kept}{learned}"
+        time = f", about {duration(self.seconds)}" if self.seconds is not None else ""
+        return f"{self.rows} rows{kept}{learned}{time}"
 
 
-def outlook(planned: Sequence[Planned], kept: Collection[str]) -> Outlook:
+def outlook(
+    planned: Sequence[Planned], kept: Collection[str], *, anew: int = 0, pace: Pace | None = None
+) -> Outlook:
     """What the rows take.
 
     Args:
         planned: all rows.
         kept: names of those that are there already.
+        anew: times that a row of all experts is learned anew, once for every corruption it adapts to.
+        pace: how long a step takes; asked where there are many.
     """
-    steps = []
-    for row in planned:
-        if row.kind == "learned" and row.wanted is not None and row.name not in kept:
-            candidates = [candidate.adapt for candidate in row.wanted.candidates(row.seed)]
-            steps.append(sum(_steps(adapt) for adapt in candidates if adapt is not None))
-    return Outlook(len(planned), len(kept), len(steps), sum(steps))
+    learning: list[tuple[AdaptSettings, int]] = []
+    rows = [row for row in planned if row.kind == "learned" and row.name not in kept]
+    for row in rows:
+        assert row.wanted is not None
+        found = [adapt for candidate in row.wanted.candidates(row.seed) if (adapt := candidate.adapt)]
+        again = found[:1] * anew if row.group is None else []
+        learning += [(adapt, _steps(adapt)) for adapt in [*found, *again]]
+    steps = sum(number for _, number in learning)
+    seconds = None
+    if pace is not None and steps >= MANY:
+        parts = [(pace(adapt), number) for adapt, number in learning]
+        known = [each * number for each, number in parts if each is not None]
+        seconds = sum(known) if len(known) == len(parts) else None
+    return Outlook(len(planned), len(kept), len(rows), steps, seconds)
 
 
 def _steps(adapt: AdaptSettings) -> int:

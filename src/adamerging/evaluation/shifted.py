@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .bench import Bench
@@ -57,6 +57,12 @@ def _chosen(row: Row) -> dict[str, object]:
     return {key: value for key, value in best.items() if key != "accuracy"}
 
 
-def _conditions(bench: Bench, tasks: tuple[str, ...]) -> list[str]:
-    """Names of all conditions, in order."""
+def times_anew(bench: Bench) -> int:
+    """How many corruptions a learned merge is made anew for."""
+    shift = bench.settings.shift
+    return len(_conditions(bench, bench.scored_tasks())) if shift and shift.apply == "both" else 0
+
+
+def _conditions(bench: Bench, tasks: Sequence[str]) -> list[str]:
+    """Names of all conditions of these tasks, in order."""
     return list(dict.fromkeys(name for task in tasks for name, _ in bench.conditions(task)))
