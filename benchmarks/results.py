@@ -14,8 +14,8 @@ import argparse
 import re
 from pathlib import Path
 
-from results_compared import compared
-from results_kept import with_columns_of, with_rows_of
+from results_compared import compared, grid
+from results_kept import column_of, with_columns_of, with_rows_of
 from results_trained import shared, trained, trainings
 
 from adamerging.finetuning.record import RECORD
@@ -37,6 +37,8 @@ Marks: [v] the best of several settings by labels of `val`; [o] by those of `tes
 """
 _SECTION = re.compile(r"<!-- suite: (\S+) -->\n(.*?)<!-- end: \1 -->\n?", re.DOTALL)
 TRAINING, SHARING, METHODS = "Training", "Sharing layers", "Methods"
+GLANCE = ("base", "average", "ties", "tsv_m", "wudi", "AdaMerging", "recommended", "multi-task")
+"""Models that stand in front of the page."""
 Parts = dict[str, str]
 """A suite's text by heading; what stands before the first has none."""
 
@@ -105,9 +107,21 @@ def _together(new: Parts, old: Parts) -> Parts:
     }
 
 
+def glance(suites: dict[str, Parts]) -> str:
+    """What a few models keep of the experts' accuracy, the suites side by side."""
+    kept = {name: column_of(parts.get(METHODS, ""), "of experts") for name, parts in suites.items()}
+    rows = [
+        [f"[{name}](#{name})", *(found.get(label, "-") for label in GLANCE)]
+        for name, found in kept.items()
+        if found
+    ]
+    head = "In percent of the experts' accuracy, mean over the tasks; more models in each suite's *Methods*:"
+    return f"{head}\n\n{grid(['suite', *GLANCE], rows)}\n" if rows else ""
+
+
 def page(suites: dict[str, Parts]) -> str:
     """The whole page: suites between marks, each its training and methods, then its tables in its order."""
-    texts = [HEAD]
+    texts = list(filter(None, [HEAD, glance(suites)]))
     for name, parts in suites.items():
         tables = load_suite(name).tables if name in names() else ()
         first = ["", TRAINING, SHARING, METHODS, *map(str.capitalize, tables)]

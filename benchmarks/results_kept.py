@@ -1,4 +1,4 @@
-"""Two tables of Markdown of the same kind, of one page and of new records → one, so that nothing is lost."""
+"""Tables of Markdown, read: two of one kind, of a page and of new records → one, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def with_rows_of(new: str, old: str) -> str:
     text = _replaced(new, [mine[0], *rows])
     rest, others = _after(new), _after(old)
     return text if rest or not others else f"{text}\n\n{others}"
+
+
+def column_of(text: str, name: str) -> dict[str, str]:
+    """Cells of a column of the first table, by those of the first column; nothing without that column."""
+    table = _grid(text)
+    if not table or name not in table[0]:
+        return {}
+    place = table[0].index(name)
+    return {row[0]: row[place] for row in table[1:]}
 
 
 def _place(row: Sequence[str]) -> tuple[int, float]:

@@ -157,6 +157,9 @@ def test_keep_replaces_what_there_are_records_of(suite: Path, tmp_path: Path) ->
     results.main([str(other), "--out", str(page), "--keep", "--note", "Third."])
     text = page.read_text()
     assert "First." not in text and "Second." in text and text.index("## others") < text.index("## toys")
+    front = text.partition("<!-- suite")[0]
+    assert "| suite | base | average | ties |" in front and "| [toys](#toys) | 50.0 | - | - |" in front
+    assert "| [others](#others) | 50.0 | - | 70.0 | - | - | - | 90.0 ±3.5 | 95.0 |" in front
     assert results.read(text) == results.read(results.page(results.read(text)))  # a page reads as it was made
     shutil.rmtree(other / "compare-shift")
     write(tmp_path / "again" / "others" / "compare-full", [row("base", "base", 0.4)])
