@@ -9,10 +9,13 @@ import torch
 
 from adamerging.adaptation.adapt import adapt
 from adamerging.errors import UsageError
+from adamerging.evaluation import shifted
 from adamerging.evaluation.bench import Bench
 from adamerging.evaluation.choosing import choose
 from adamerging.evaluation.entries import wanted
 from adamerging.evaluation.making import Maker
+from adamerging.evaluation.planning import AVERAGE, Planned
+from adamerging.evaluation.records import Row
 from adamerging.evaluation.settings import CompareSettings, Entry
 from adamerging.norms import OWN
 from adamerging.recipe import Settings, make_recipe
@@ -83,3 +86,37 @@ def test_statistics_are_either_kept_or_each_tasks_own() -> None:
     recipe = make_recipe({"base": "base", "experts": {"a": "a", "b": "b"}, "buffers": "task"})
     with pytest.raises(UsageError, match="batchnorm: keep does not go with buffers: task"):
         wanted(recipe, [{"it": Entry(method="ties", batchnorm="keep")}])
+
+
+@pytest.mark.parametrize("label", [AVERAGE, "ties"])
+def test_statistics_follow_the_shift_also_those_of_the_average(tmp_path, monkeypatch, label: str) -> None:
+    base, experts = make_experts()
+    tasks = [replace(task, evaluate=task.adapt) for task in make_tasks(experts)]
+
+    def moved(task, name, severity, *, seed=0):
+        shifted = replace(task.adapt, inputs=[item * severity + 5.0 for item in task.adapt.inputs])
+        return replace(task, adapt=shifted, evaluate=shifted)
+
+    def conditions(bench, name):
+        yield "noise:3", moved(bench.seats[name].task, "noise", 3).evaluate
+
+    monkeypatch.setattr(shifted, "shifted_task", moved)
+    monkeypatch.setattr(Bench, "conditions", conditions)
+    recipe = make_recipe({"base": "base", "experts": {name: name for name in experts}})
+    (ties,) = wanted(recipe, [{"ties": Entry(method="ties")}])
+    settings = CompareSettings(shift={"apply": "both"})
+    names = tuple(experts)
+    with Workers(1) as workers:
+        prepared = prepare(base, experts, Settings(heads=["head.*"], method="weighted"))
+        bench = Bench(prepared, tasks, settings, workers)
+        maker = Maker(bench, list(experts))
+        average = label == AVERAGE
+        made = maker.average() if average else maker.merge(ties.candidates()[0])
+        clean = bench.body.tensors["norm.running_mean"].clone()
+        kind = "average" if average else "static"
+        planned = Planned(label, kind, names, names, wanted=None if average else ties)
+        anew = shifted.adapted_anew(settings, made)
+        assert anew is not None
+        scores = anew(planned, maker, Row(label=label, kind=kind, experts=list(names)))
+        assert [(score.task, score.condition) for score in scores] == [(name, "noise:3") for name in names]
+        assert (bench.body.tensors["norm.running_mean"] - clean).abs().max() > 1.0

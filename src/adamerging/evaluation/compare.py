@@ -316,7 +316,7 @@ class _Run:
         if not made.per_task:  # a model for each task has none for a task without
             records += [bench.score(whole, task, unseen=True).record for task in planned.unseen]
         self._refer(planned, records)
-        if anew and planned.wanted is not None:
+        if anew:
             records += anew(planned, maker, row)
         why = explain(bench, logits, self.expert_logits) if wants else {}
         return {"scores": normalised(records, self.references), "fingerprint": whole, "why": why}

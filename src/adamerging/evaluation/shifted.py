@@ -25,12 +25,7 @@ def adapted_anew(settings: CompareSettings, made: Made) -> Anew | None:
 def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
     bench = maker.bench
     shift = bench.settings.shift
-    assert shift is not None and planned.wanted is not None
-    chosen = next(
-        candidate
-        for candidate in planned.wanted.candidates(planned.seed)
-        if all(candidate.tried.get(key) == value for key, value in _chosen(row).items())
-    )
+    assert shift is not None
     records = []
     for condition in _conditions(bench, planned.tasks):
         name, _, severity = condition.rpartition(":")
@@ -40,7 +35,7 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
             if task in bench.seats and (shift.tasks is None or task in shift.tasks)
         }
         maker.say(f"{planned.label}: {condition}")
-        made = replace(maker, tasks=affected).merge(chosen)
+        made = _made(planned, replace(maker, tasks=affected), row)
         whole = bench.fingerprint()
         for task in affected:
             with made.model_for(task, bench, whole) as model:
@@ -48,6 +43,19 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
                     if other == condition:
                         records.append(bench.score(model, task, samples, condition).record)
     return records
+
+
+def _made(planned: Planned, maker: Maker, row: Row) -> Made:
+    """The row's model, of a sweep the best; without a method the average, whose statistics saw data."""
+    if planned.wanted is None:
+        return maker.average()
+    return maker.merge(
+        next(
+            candidate
+            for candidate in planned.wanted.candidates(planned.seed)
+            if all(candidate.tried.get(key) == value for key, value in _chosen(row).items())
+        )
+    )
 
 
 def _chosen(row: Row) -> dict[str, object]:
