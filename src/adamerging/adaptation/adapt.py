@@ -63,7 +63,8 @@ class AdaptResult:
         warnings: what a reader should know: collapse, misleading entropy.
         record: what ``run.json`` holds.
         body: the working body, holding the merged weights.
-        learners: the tasks with their modules, sharing the body.
+        learners: the tasks with their modules, sharing the body; with ``buffers: task`` the body holds common
+            BatchNorm statistics, and `body.load_statistics` puts in a learner's own, its ``statistics``.
         out: the folder, when one was written.
     """
 
