@@ -18,9 +18,10 @@ TRIED = 2
 
 
 def pace(bench: Bench) -> Pace:
-    """How long steps take, each kind of batch tried once: every task's batch through the base, and back.
+    """How long steps take at least, each kind of batch tried once: every task's through the base, and back.
 
-    To make the merged weights and to contract their gradient comes on top, a tenth or two.
+    On top come the merged weights, the contraction of their gradient, checks and BatchNorm statistics, which
+    is a tenth to a half of it.
     """
     known: dict[str, float | None] = {}
 

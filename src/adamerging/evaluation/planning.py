@@ -92,7 +92,7 @@ class Outlook:
         learning: rows to be made whose coefficients are learned.
         steps: optimisation steps that these take together, all that a sweep tries included, and those of
             learning anew under every corruption.
-        seconds: about how long the steps take; None for few, and where it could not be tried.
+        seconds: that the steps take at least, see `pace`; None for few, and where it could not be tried.
     """
 
     rows: int
@@ -104,7 +104,7 @@ class Outlook:
     def __str__(self) -> str:
         kept = f", {self.kept} of them kept" if self.kept else ""
         learned = f"; {self.learning} to learn, {self.steps} steps in all" if self.learning else ""
-        time = f", about {duration(self.seconds)}" if self.seconds is not None else ""
+        time = f", {duration(self.seconds)} or more" if self.seconds is not None else ""
         return f"{self.rows} rows{kept}{learned}{time}"
 
 
