@@ -14,8 +14,10 @@ from adamerging.report.load import Run, load_run
 from adamerging.report.table import Cells, cells_of, markdown
 from adamerging.units import count, size
 
-CURVES = ("recommended", "thorough", "distilled", "AdaMerging", "AdaMerging, agreement")
+CURVES = ("recommended", "thorough", "distilled", "AdaMerging", "AdaMerging, agreement", "paper", "paper++")
 """Rows whose way to the result is shown."""
+POINTS = 12
+"""Steps that are shown of it, at most."""
 FEW = {
     "base": "the base",
     "average": "the average of the experts",
@@ -171,6 +173,7 @@ def curves(run: Run) -> list[str]:
     if not found:
         return []
     steps = sorted({step for _, checks in found.values() for step in checks})
+    steps = sorted({*steps[:: -(-len(steps) // POINTS)], steps[-1]})
     columns = [f"{label}: {what}" for label in found for what in ("KL", "agreement", "entropy")]
     rows = []
     for step in steps:

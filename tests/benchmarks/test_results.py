@@ -132,6 +132,14 @@ def test_every_record_has_its_place(suite: Path) -> None:
     assert "--stage compare --table unseen" in found["Unseen"] and found[""] == "## toys\n\nTwo cores."
 
 
+def test_a_long_way_is_shown_in_a_few_steps(tmp_path: Path) -> None:
+    history = checks(*(1.0 - number / 100 for number in range(51)))
+    write(tmp_path / "compare", [row("base", "base", 0.4), row("paper", "learned", 0.7, history=history)])
+    text = results.section(tmp_path)["Methods"]
+    shown = [line.split(" | ")[0].strip("| ") for line in text.partition("| step |")[2].splitlines()[2:]]
+    assert shown[:11] == [str(step) for step in range(0, 1001, 100)] and "| 1000 | 0.500 |" in text
+
+
 def test_what_has_no_records_is_left_out(suite: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert results.section(tmp_path / "empty") == {}
