@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..tasks.task import Inputs
@@ -25,13 +28,13 @@ def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
+def batch_statistics(found: Sequence[_BatchNorm]) -> Iterator[None]:
     """Normalise by the statistics of each batch, and let gradients through them; the running ones stay.
 
     Args:
-        module: whose layers do so.
+        found: the layers that do so.
     """
-    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in batchnorm_layers(module)]
+    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in found]
     for layer, _, counter in layers:
         layer.momentum = 0.0
         layer.num_batches_tracked = None if counter is None else counter.clone()
@@ -42,6 +45,75 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
         for layer, momentum, counter in layers:
             layer.momentum, layer.num_batches_tracked = momentum, counter
             layer.eval()
+
+
+@contextmanager
+def common_statistics(found: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Normalise by the running statistics, and let gradients through them as if they were those of the batch.
+
+    This is batch renormalisation (Ioffe 2017, arXiv 1702.03275) without bounds.
+
+    Args:
+        found: the layers that do so; one of a class with a forward of its own takes them as constants.
+    """
+    plain = [layer for layer in found if type(layer).forward is _BatchNorm.forward]
+    for layer in plain:
+        layer.forward = partial(_renormalised, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in plain:
+            del layer.forward
+
+
+def _renormalised(layer: _BatchNorm, inputs: Tensor) -> Tensor:
+    """The forward of a layer whose gradients go through the batch's statistics."""
+    output: Tensor = _Renormalise.apply(
+        inputs, layer.weight, layer.bias, layer.running_mean, layer.running_var, layer.eps
+    )  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Renormalise(torch.autograd.Function):
+    """Normalised by given statistics; the gradient is that of normalising by the batch's, made to fit.
+
+    With m, s of the batch and M, S given, ``(x - M) / S = (x - m) / s * (s / S) + (m - M) / S``, and the last
+    two quotients count as constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, mean.clone(), var.clone())
+        ctx.eps = eps
+        return batch_norm(inputs, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, mean, var = ctx.saved_tensors
+        exact = inputs.to(mean.dtype)
+        # The output is of no use; it comes along faster than torch.var_mean on channels-last images.
+        _, batch_mean, inverse = torch.native_batch_norm(exact, None, None, None, None, True, 0.0, ctx.eps)
+        scale = (var + ctx.eps).rsqrt()
+        ratio, moved = scale / inverse, (batch_mean - mean) * scale
+        found = torch.ops.aten.native_batch_norm_backward(
+            gradients[0].to(exact.dtype), exact, ratio if weight is None else ratio * weight, None, None,
+            batch_mean, inverse, True, ctx.eps, [ctx.needs_input_grad[0], True, True],
+        )  # fmt: skip
+        of_inputs, of_weight, of_bias = found
+        return (
+            of_inputs if of_inputs is None else of_inputs.to(inputs.dtype),
+            None if weight is None else of_weight * ratio + of_bias * moved,
+            of_bias if ctx.needs_input_grad[2] else None,
+            None, None, None,
+        )  # fmt: skip
 
 
 def recalibrate(
@@ -69,9 +141,9 @@ def recalibrate(
             layer.momentum = None  # cumulative mean
             layer.train()
         for round_ in batches:
-            mixed = _mix(round_)
-            if mixed is not None:
-                forwards[0](modules[0], mixed)
+            together = mixed(round_)
+            if together is not None:
+                forwards[0](modules[0], together)
                 continue
             for module, forward, inputs in zip(modules, forwards, round_, strict=True):
                 forward(module, inputs)
@@ -82,7 +154,7 @@ def recalibrate(
                 layer.num_batches_tracked.copy_(counter)
 
 
-def _mix(batches: Sequence[Inputs]) -> Inputs | None:
+def mixed(batches: Sequence[Inputs]) -> Inputs | None:
     """One batch of all tasks' samples, where their tensors fit together."""
     first = batches[0]
     for other in batches[1:]:

@@ -21,6 +21,7 @@ from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batch_statistics, batchnorm_layers, recalibrate
 from .body import Body
+from .joint import Joint, join
 from .objectives import Objective, sample_entropy
 from .parametrisation import Learned
 from .settings import AdaptSettings
@@ -117,6 +118,7 @@ class Loop:
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     own_statistics: bool = False
+    _joint: Joint | None = field(default=None, init=False)
 
     def run(self) -> State:
         """Run to the last step; the body ends as the state that is returned.
@@ -131,6 +133,7 @@ class Loop:
         optimizer = make_optimizer(settings, values, *self.heads.values())
         restore_optimizer(optimizer, state.optimizer)
         self.body.train_only({entry.name for entry in self.parametrisation.entries()})
+        self._joint = self._joined()
         try:
             while state.step < settings.steps:
                 self._merge(values, state)
@@ -160,6 +163,20 @@ class Loop:
             self._put(kept)
             self._merge(state.values, state)
         return state
+
+    def _joined(self) -> Joint | None:
+        """The tasks' models as one, where BatchNorm statistics are common to them and may be re-estimated."""
+        settings = self.settings
+        apart = settings.batchnorm == "keep" or not settings.batchnorm_joint or self.own_statistics
+        if apart or settings.route is not None:
+            return None
+        device = self.body.device
+        return join(
+            [learner.module for learner in self.learners],
+            [learner.task.forward for learner in self.learners],
+            [self.body.plan.heads.get(learner.task.name, ()) for learner in self.learners],
+            [learner.inputs(learner.batches.at(0)[:2], device) for learner in self.learners],
+        )
 
     def _put(self, heads: Mapping[str, Tensor]) -> None:
         """Write these values into the tasks' heads."""
@@ -206,7 +223,7 @@ class Loop:
         settings = self.settings
         started = time.perf_counter()
         optimizer.zero_grad()
-        losses = run_batches(settings, self.objective, self.body, self.learners, state.step)
+        losses = run_batches(settings, self.objective, self.body, self.learners, state.step, self._joint)
         effective = self.effective(values)
         if effective.requires_grad:
             gradient = self.parametrisation.pull_back(self.body.gradients(), effective)
@@ -252,11 +269,24 @@ class Loop:
 
 
 def run_batches(
-    settings: AdaptSettings, objective: Objective, body: Body, learners: Sequence[Learner], step: int
+    settings: AdaptSettings,
+    objective: Objective,
+    body: Body,
+    learners: Sequence[Learner],
+    step: int,
+    joint: Joint | None = None,
 ) -> dict[str, float]:
     """The batches of a step of every task, forward and backward; loss by task.
 
     The gradients of all add up in the body.
+
+    Args:
+        settings: how to learn.
+        objective: what to minimise.
+        body: the working tensors.
+        learners: the tasks.
+        step: its number, from 0.
+        joint: runs all tasks' batches together; one after the other where None.
 
     Raises:
         NonFiniteLossError: names the task and step.
@@ -264,29 +294,55 @@ def run_batches(
     body.clear_gradients()
     losses: dict[str, float] = {}
     with autocast(settings, body):
-        for learner in learners:
-            body.load_statistics(learner.statistics)
+        for group in [[learner] for learner in learners] if joint is None else [learners]:
             for part in range(settings.batches_per_step):
-                samples = learner.batches.at(step * settings.batches_per_step + part)
-                inputs = learner.inputs(samples, body.device)
-                alone = not learner.statistics or len(samples) == 1
-                own = nullcontext() if alone else batch_statistics(learner.module)
-                with attention_for(inputs), own:
-                    logits = learner.task.forward(learner.module, inputs)
-                loss = objective.loss(
-                    logits.float() if logits.dtype == torch.bfloat16 else logits,
-                    learner.target(objective, samples, body.device),
-                )
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(
-                        f"the loss of task '{learner.task.name}' is {value} at step {step}; "
-                        "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
-                    )
-                loss.backward()  # type: ignore[no-untyped-call]
-                name = learner.task.name
-                losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+                number = step * settings.batches_per_step + part
+                samples = [learner.batches.at(number) for learner in group]
+                answers = _answers(group, samples, body, joint)
+                parts = [
+                    _loss(learner, objective, logits, some, step)
+                    for learner, logits, some in zip(group, answers, samples, strict=True)
+                ]
+                sum(parts[1:], parts[0]).backward()  # type: ignore[no-untyped-call]
+                for learner, loss in zip(group, parts, strict=True):
+                    name = learner.task.name
+                    losses[name] = losses.get(name, 0.0) + float(loss.detach()) / settings.batches_per_step
     return losses
+
+
+def _answers(
+    learners: Sequence[Learner], samples: Sequence[Sequence[int]], body: Body, joint: Joint | None
+) -> list[Tensor]:
+    """Logits of each task's batch: of all together where they are joined, else one after the other."""
+    inputs = [learner.inputs(some, body.device) for learner, some in zip(learners, samples, strict=True)]
+    with attention_for(inputs[0]):
+        found = joint.logits(inputs) if joint is not None else None
+    if found is not None:
+        return found
+    answers = []
+    for learner, batch, some in zip(learners, inputs, samples, strict=True):
+        body.load_statistics(learner.statistics)
+        alone = not learner.statistics or len(some) == 1
+        own = nullcontext() if alone else batch_statistics(batchnorm_layers(learner.module))
+        with attention_for(batch), own:
+            answers.append(learner.task.forward(learner.module, batch))
+    return answers
+
+
+def _loss(
+    learner: Learner, objective: Objective, logits: Tensor, samples: Sequence[int], step: int
+) -> Tensor:
+    """A task's loss. Raises as `run_batches`."""
+    loss = objective.loss(
+        logits.float() if logits.dtype == torch.bfloat16 else logits,
+        learner.target(objective, samples, logits.device),
+    )
+    if not math.isfinite(float(loss.detach())):
+        raise NonFiniteLossError(
+            f"the loss of task '{learner.task.name}' is {float(loss.detach())} at step {step}; "
+            "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
+        )
+    return loss
 
 
 def attention_for(inputs: Inputs) -> AbstractContextManager[Any]:

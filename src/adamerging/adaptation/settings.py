@@ -162,6 +162,12 @@ class AdaptSettings(BaseModel):
     batchnorm: Literal["recalibrate", "keep"] = Field(
         "recalibrate", description="BatchNorm statistics: re-estimated on the adaptation data, or as merged."
     )
+    batchnorm_joint: bool = Field(
+        True,
+        description="Where common BatchNorm statistics are re-estimated, the tasks' batches run together and "
+        "gradients go through the statistics. False takes them as constants, and less memory: activations of "
+        "one task's batch at a time.",
+    )
     save_every: int = Field(20, ge=1, description="Steps between saves of the state.")
     _objective: Objective | None = PrivateAttr(None)
 

@@ -1,0 +1,91 @@
+"""BatchNorm while coefficients are learned: common statistics, and gradients through those of the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adamerging.adaptation.batchnorm import common_statistics
+
+
+def layer_of(kind: type[nn.Module], *, affine: bool) -> nn.Module:
+    layer = kind(5, affine=affine).double().eval()
+    with torch.no_grad():
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2.0)
+        if affine:
+            layer.weight.normal_()
+            layer.bias.normal_()
+    return layer
+
+
+def renormalised(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Batch renormalisation as its paper writes it, the two corrections without gradient."""
+    dims, shape = [0, *range(2, inputs.ndim)], [1, -1, *[1] * (inputs.ndim - 2)]
+    mean, deviation = inputs.mean(dims), (inputs.var(dims, correction=0) + layer.eps).sqrt()
+    common = (layer.running_var + layer.eps).sqrt()
+    r, d = (deviation / common).detach(), ((mean - layer.running_mean) / common).detach()
+    normal = (inputs - mean.view(shape)) / deviation.view(shape) * r.view(shape) + d.view(shape)
+    return normal if layer.weight is None else normal * layer.weight.view(shape) + layer.bias.view(shape)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 5)), (nn.BatchNorm2d, (4, 5, 3, 2))])
+def test_the_gradient_is_that_of_batch_renormalisation(
+    kind: type[nn.Module], shape: tuple[int, ...], affine: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = layer_of(kind, affine=affine)
+    inputs, outer = torch.randn(shape, dtype=torch.double, requires_grad=True), torch.randn(shape).double()
+    kept = {name: value.clone() for name, value in layer.state_dict().items()}
+    wanted = [inputs, *layer.parameters()]
+    with common_statistics([layer]):
+        output = layer(inputs)
+    assert torch.equal(output, layer(inputs)) and not layer.training and "forward" not in vars(layer)
+    found = torch.autograd.grad(output, wanted, outer)
+    expected = torch.autograd.grad(renormalised(layer, inputs), wanted, outer)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert all(torch.equal(value, kept[name]) for name, value in layer.state_dict().items())
+
+
+def test_what_the_next_estimate_takes_back_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    linear, layer = nn.Linear(4, 5, bias=False).double(), layer_of(nn.BatchNorm1d, affine=True)
+    inputs = torch.randn(32, 4, dtype=torch.double)
+    with torch.no_grad():
+        out = linear(inputs)
+        layer.running_mean.copy_(out.mean(0))
+        layer.running_var.copy_(out.var(0, correction=0))
+
+    def along_the_weights() -> float:
+        """How the loss changes as the weights of the linear map grow."""
+        loss = layer(linear(inputs)).softmax(-1).square().sum()
+        (gradient,) = torch.autograd.grad(loss, [linear.weight])
+        return float((gradient * linear.weight.detach()).sum())
+
+    assert abs(along_the_weights()) > 0.1  # constants: it pays to make them larger
+    with common_statistics([layer]):
+        assert abs(along_the_weights()) < 1e-4  # they would be normalised again; the rest is epsilon's
+
+
+def test_parts_that_are_frozen_and_half_precision() -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3).eval().requires_grad_(False)
+    inputs = torch.randn(4, 3, 2, 2, dtype=torch.bfloat16, requires_grad=True)
+    with common_statistics([layer]):
+        layer(inputs).float().square().sum().backward()
+    assert inputs.grad is not None and inputs.grad.dtype == torch.bfloat16
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+def test_a_class_with_a_forward_of_its_own_is_left_alone() -> None:
+    class Activated(nn.BatchNorm1d):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs).relu()
+
+    layer = Activated(3).eval()
+    inputs = torch.randn(4, 3)
+    with common_statistics([layer]):
+        assert "forward" not in vars(layer) and torch.equal(layer(inputs), layer(inputs).relu())
