@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adamerging as am
-from adamerging.adaptation.batchnorm import batch_statistics, batchnorm_layers
+from adamerging.adaptation.batchnorm import batch_statistics
 from adamerging.adaptation.loop import InterruptedRun
 from adamerging.errors import UsageError
 from adamerging.norms import OWN
@@ -148,7 +148,7 @@ def test_learning_goes_by_the_statistics_of_each_batch() -> None:
     net.norm(net.stem(inputs)).square().sum().backward()
     fixed = net.stem.weight.grad.abs().max()
     net.zero_grad()
-    with batch_statistics(batchnorm_layers(net)):
+    with batch_statistics(net):
         found = net.norm(net.stem(inputs))
         assert found.mean((0, 2)).tolist() == pytest.approx([0.0] * 4, abs=1e-9)
         found.square().sum().backward()

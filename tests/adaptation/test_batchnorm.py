@@ -40,7 +40,7 @@ def test_the_gradient_is_that_of_batch_renormalisation(
     inputs, outer = torch.randn(shape, dtype=torch.double, requires_grad=True), torch.randn(shape).double()
     kept = {name: value.clone() for name, value in layer.state_dict().items()}
     wanted = [inputs, *layer.parameters()]
-    with common_statistics([layer]):
+    with common_statistics(layer):
         output = layer(inputs)
     assert torch.equal(output, layer(inputs)) and not layer.training and "forward" not in vars(layer)
     found = torch.autograd.grad(output, wanted, outer)
@@ -66,7 +66,7 @@ def test_what_the_next_estimate_takes_back_has_no_gradient() -> None:
         return float((gradient * linear.weight.detach()).sum())
 
     assert abs(along_the_weights()) > 0.1  # constants: it pays to make them larger
-    with common_statistics([layer]):
+    with common_statistics(layer):
         assert abs(along_the_weights()) < 1e-4  # they would be normalised again; the rest is epsilon's
 
 
@@ -74,7 +74,7 @@ def test_parts_that_are_frozen_and_half_precision() -> None:
     torch.manual_seed(0)
     layer = nn.BatchNorm2d(3).eval().requires_grad_(False)
     inputs = torch.randn(4, 3, 2, 2, dtype=torch.bfloat16, requires_grad=True)
-    with common_statistics([layer]):
+    with common_statistics(layer):
         layer(inputs).float().square().sum().backward()
     assert inputs.grad is not None and inputs.grad.dtype == torch.bfloat16
     assert layer.weight.grad is None and layer.bias.grad is None
@@ -87,5 +87,5 @@ def test_a_class_with_a_forward_of_its_own_is_left_alone() -> None:
 
     layer = Activated(3).eval()
     inputs = torch.randn(4, 3)
-    with common_statistics([layer]):
+    with common_statistics(layer):
         assert "forward" not in vars(layer) and torch.equal(layer(inputs), layer(inputs).relu())

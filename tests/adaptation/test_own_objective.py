@@ -154,12 +154,14 @@ def test_the_best_state_is_that_of_the_least_held_out_loss(code):
 def test_one_of_classes_is_given_as_it_is_and_does_what_its_like_does():
     base, experts = make_experts()
     settings = {"preset": "paper", "steps": 5, "lr": 0.05}
+    # Through the statistics a bias before BatchNorm has no gradient, and Adam makes steps of its rounding.
+    settings["batchnorm_joint"] = False
     own = am.Objective(
         "mine", lambda logits, _: -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     )
     mine = am.adapt(base, experts, make_tasks(experts), objective=own, **settings)
     known = am.adapt(base, experts, make_tasks(experts), objective="entropy", **settings)
-    torch.testing.assert_close(mine.values, known.values, rtol=0, atol=1e-8)
+    torch.testing.assert_close(mine.values, known.values, rtol=0, atol=1e-9)
     assert mine.record["method"] == "learned coefficients (mine)"
     assert "agreement" in mine.record["end"]
 

@@ -28,13 +28,13 @@ def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def batch_statistics(found: Sequence[_BatchNorm]) -> Iterator[None]:
+def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Normalise by the statistics of each batch, and let gradients through them; the running ones stay.
 
     Args:
-        found: the layers that do so.
+        module: whose layers do so.
     """
-    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in found]
+    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in batchnorm_layers(module)]
     for layer, _, counter in layers:
         layer.momentum = 0.0
         layer.num_batches_tracked = None if counter is None else counter.clone()
@@ -48,15 +48,15 @@ def batch_statistics(found: Sequence[_BatchNorm]) -> Iterator[None]:
 
 
 @contextmanager
-def common_statistics(found: Sequence[_BatchNorm]) -> Iterator[None]:
+def common_statistics(module: nn.Module) -> Iterator[None]:
     """Normalise by the running statistics, and let gradients through them as if they were those of the batch.
 
     This is batch renormalisation (Ioffe 2017, arXiv 1702.03275) without bounds.
 
     Args:
-        found: the layers that do so; one of a class with a forward of its own takes them as constants.
+        module: whose layers do so; one of a class with a forward of its own takes them as constants.
     """
-    plain = [layer for layer in found if type(layer).forward is _BatchNorm.forward]
+    plain = [layer for layer in batchnorm_layers(module) if type(layer).forward is _BatchNorm.forward]
     for layer in plain:
         layer.forward = partial(_renormalised, layer)  # type: ignore[method-assign]
     try:

@@ -49,7 +49,7 @@ class Joint:
             for tasks in self.parts:
                 tasks[0].forward = _switch(tasks, sizes, widths)
                 stack.callback(vars(tasks[0]).pop, "forward")
-            stack.enter_context(common_statistics(batchnorm_layers(self.module)))
+            stack.enter_context(common_statistics(self.module))
             rows = torch.split(self.forward(self.module, together), sizes)
         return (
             [found[..., :width] for found, width in zip(rows, widths, strict=True)] if widths else list(rows)

@@ -118,7 +118,6 @@ class Loop:
     callback: Callable[[Mapping[str, Any]], None] = lambda _: None
     heads: Mapping[str, Tensor] = field(default_factory=dict)
     own_statistics: bool = False
-    _joint: Joint | None = field(default=None, init=False)
 
     def run(self) -> State:
         """Run to the last step; the body ends as the state that is returned.
@@ -133,7 +132,7 @@ class Loop:
         optimizer = make_optimizer(settings, values, *self.heads.values())
         restore_optimizer(optimizer, state.optimizer)
         self.body.train_only({entry.name for entry in self.parametrisation.entries()})
-        self._joint = self._joined()
+        joint = self._joined()
         try:
             while state.step < settings.steps:
                 self._merge(values, state)
@@ -141,7 +140,7 @@ class Loop:
                     self._save(state)
                 if state.step % settings.check_every == 0:
                     self._check(state)
-                self._step(values, optimizer, state)
+                self._step(values, optimizer, state, joint)
                 after = values.detach().clone(), optimizer_tensors(optimizer), self._taken(), state.step + 1
                 state.values, state.optimizer, state.heads, state.step = after
             self._merge(values, state)
@@ -219,11 +218,13 @@ class Loop:
             estimate_statistics(self.learners, self.body.device, rounds)
             state.statistics = taken_statistics(self.body)
 
-    def _step(self, values: Tensor, optimizer: torch.optim.Optimizer, state: State) -> None:
+    def _step(
+        self, values: Tensor, optimizer: torch.optim.Optimizer, state: State, joint: Joint | None
+    ) -> None:
         settings = self.settings
         started = time.perf_counter()
         optimizer.zero_grad()
-        losses = run_batches(settings, self.objective, self.body, self.learners, state.step, self._joint)
+        losses = run_batches(settings, self.objective, self.body, self.learners, state.step, joint)
         effective = self.effective(values)
         if effective.requires_grad:
             gradient = self.parametrisation.pull_back(self.body.gradients(), effective)
@@ -323,7 +324,7 @@ def _answers(
     for learner, batch, some in zip(learners, inputs, samples, strict=True):
         body.load_statistics(learner.statistics)
         alone = not learner.statistics or len(some) == 1
-        own = nullcontext() if alone else batch_statistics(batchnorm_layers(learner.module))
+        own = nullcontext() if alone else batch_statistics(learner.module)
         with attention_for(batch), own:
             answers.append(learner.task.forward(learner.module, batch))
     return answers

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .bench import Bench
+from .entries import Candidate
 from .making import Made, Maker
 from .planning import Planned
 from .records import Row, ScoreRecord
@@ -26,6 +27,7 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
     bench = maker.bench
     shift = bench.settings.shift
     assert shift is not None
+    chosen = _candidate(planned, row)
     records = []
     for condition in _conditions(bench, planned.tasks):
         name, _, severity = condition.rpartition(":")
@@ -35,7 +37,8 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
             if task in bench.seats and (shift.tasks is None or task in shift.tasks)
         }
         maker.say(f"{planned.label}: {condition}")
-        made = _made(planned, replace(maker, tasks=affected), row)
+        anew = replace(maker, tasks=affected)
+        made = anew.average() if chosen is None else anew.merge(chosen)
         whole = bench.fingerprint()
         for task in affected:
             with made.model_for(task, bench, whole) as model:
@@ -45,17 +48,13 @@ def _anew(planned: Planned, maker: Maker, row: Row) -> list[ScoreRecord]:
     return records
 
 
-def _made(planned: Planned, maker: Maker, row: Row) -> Made:
-    """The row's model, of a sweep the best; without a method the average, whose statistics saw data."""
+def _candidate(planned: Planned, row: Row) -> Candidate | None:
+    """What the row's model is made by, of a sweep the best; None for the average."""
     if planned.wanted is None:
-        return maker.average()
-    return maker.merge(
-        next(
-            candidate
-            for candidate in planned.wanted.candidates(planned.seed)
-            if all(candidate.tried.get(key) == value for key, value in _chosen(row).items())
-        )
-    )
+        return None
+    best = _chosen(row).items()
+    candidates = planned.wanted.candidates(planned.seed)
+    return next(one for one in candidates if all(one.tried.get(key) == value for key, value in best))
 
 
 def _chosen(row: Row) -> dict[str, object]:
