@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -387,6 +388,24 @@ def test_a_bug_is_one_line_unless_the_traceback_is_asked_for(
     asked = cli("--traceback", "methods")
     assert asked.code == 1
     assert "Traceback" in asked.err
+
+
+@pytest.mark.parametrize("kind", ["the machine's", "the device's", "python's"])
+def test_memory_that_runs_out_is_no_bug(cli: Cli, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def large(*_: object, **__: object) -> None:
+        if kind == "the machine's":
+            torch.empty(1 << 50)
+        raise (
+            torch.OutOfMemoryError("CUDA out of memory.")
+            if kind == "the device's"
+            else MemoryError("too large")
+        )
+
+    monkeypatch.setattr("adamerging.catalogue.catalogue", large)
+    ended = cli("methods")
+    assert ended.code == 7
+    assert "memory ran out" in ended.err and "batch_size" in ended.err
+    assert "bug" not in ended.err and "Traceback" not in ended.err
 
 
 def test_interrupted_leaves_nothing_behind(
