@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adamerging.adaptation.adapt import adapt
 from adamerging.adaptation.batchnorm import common_statistics
+from adaptation.toy import make_experts, make_tasks
 
 
 def layer_of(kind: type[nn.Module], *, affine: bool) -> nn.Module:
@@ -89,3 +91,19 @@ def test_a_class_with_a_forward_of_its_own_is_left_alone() -> None:
     inputs = torch.randn(4, 3)
     with common_statistics(layer):
         assert "forward" not in vars(layer) and torch.equal(layer(inputs), layer(inputs).relu())
+
+
+@pytest.mark.parametrize(("buffers", "expected"), [("average", None), ("base", 0.5), ("method", 1.0)])
+def test_statistics_that_were_asked_for_are_not_estimated_anew(buffers: str, expected: float | None) -> None:
+    base, experts = make_experts(2)
+    for value, model in zip((0.5, 1.0, 2.0), (base, *experts.values()), strict=True):
+        model.norm.running_mean.fill_(value)
+    result = adapt(
+        base, experts, make_tasks(experts), preset="paper", initial=0.25, steps=3,
+        merge={"heads": ["head.*"], "buffers": buffers},
+    )  # fmt: skip
+    found = result.body.tensors["norm.running_mean"]
+    if expected is None:  # of inputs around zero
+        assert found.abs().max() < 0.5
+    else:  # the base's, and base + 0.25 (1 - base) + 0.25 (2 - base) with coefficients that nothing moves
+        assert torch.allclose(found, torch.full_like(found, expected))

@@ -21,7 +21,7 @@ from ..tasks.data import refuse_overlap
 from ..tasks.resolve import make_tasks
 from ..tasks.task import Task
 from ..validation import make
-from .batchnorm import batchnorm_layers
+from .batchnorm import reestimated
 from .body import Body
 from .coefficients import Layout, table
 from .heads import LearnedHead
@@ -266,8 +266,7 @@ def score_session(
     if all(learner.task.evaluate is None for learner in learners):
         return None
     own, each = own_statistics(session, state), {learner.task.name: learner for learner in learners}
-    recalibrates = session.settings.batchnorm == "recalibrate" and not own
-    estimated = recalibrates and batchnorm_layers(learners[0].module)
+    estimated = reestimated(session.settings, session.prepared.plan) and not own
 
     def refresh() -> None:
         if estimated:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..plan import Plan
 from ..tasks.task import Inputs
+from .settings import AdaptSettings
 
 
 def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
@@ -25,6 +27,11 @@ def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
     return [
         part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None
     ]
+
+
+def reestimated(settings: AdaptSettings, plan: Plan) -> bool:
+    """Whether learning re-estimates statistics: those that else are the experts' mean, if not kept."""
+    return settings.batchnorm == "recalibrate" and bool(plan.with_treatment("averaged"))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from ..tasks.task import Task
 from .batches import split
 from .cache import cache_folder
 from .coefficients import COMBINED, layout
+from .joint import wanted
 from .layerwise_settings import asked_for, distilled_sizes
 from .session import make_objective, match_tasks
 from .settings import AdaptSettings
@@ -31,6 +32,7 @@ class AdaptEstimate:
         cache: the cache's folder.
         memory: bytes of the working model, its gradients and the coefficients; activations come on top, as
             in plain training with the same batches.
+        joint: whether these are of a batch of every task at once, at most.
         disk: bytes of the weights it will write.
     """
 
@@ -40,6 +42,7 @@ class AdaptEstimate:
     cached: int
     cache: str
     memory: int
+    joint: bool
     disk: int
 
 
@@ -88,5 +91,6 @@ def estimate_adaptation(prepared: Prepared, tasks: Sequence[Task], settings: Ada
         cached,
         str(cache_folder()),
         memory,
+        wanted(settings, prepared.plan, prepared.own_statistics),
         disk,
     )

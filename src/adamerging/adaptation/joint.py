@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..plan import Plan
 from ..tasks.capture import head_parts
 from ..tasks.task import Inputs
-from .batchnorm import batchnorm_layers, common_statistics, mixed
+from .batchnorm import batchnorm_layers, common_statistics, mixed, reestimated
+from .settings import AdaptSettings
 
 Forward = Callable[[nn.Module, Inputs], Tensor]
 
@@ -54,6 +56,18 @@ class Joint:
         return (
             [found[..., :width] for found, width in zip(rows, widths, strict=True)] if widths else list(rows)
         )
+
+
+def wanted(settings: AdaptSettings, plan: Plan, own_statistics: bool) -> bool:
+    """Whether tasks are to answer together, where their models fit.
+
+    Args:
+        settings: of the run.
+        plan: of the merge.
+        own_statistics: each task has BatchNorm statistics of its own.
+    """
+    common = reestimated(settings, plan) and not own_statistics
+    return common and settings.batchnorm_joint and settings.route is None
 
 
 def _switch(

@@ -19,9 +19,9 @@ from ..norms import statistics_of
 from ..task_vectors import TaskVectors
 from ..tasks.task import Inputs, Task
 from .batches import Batches
-from .batchnorm import batch_statistics, batchnorm_layers, recalibrate
+from .batchnorm import batch_statistics, recalibrate, reestimated
 from .body import Body
-from .joint import Joint, join
+from .joint import Joint, join, wanted
 from .objectives import Objective, sample_entropy
 from .parametrisation import Learned
 from .settings import AdaptSettings
@@ -165,9 +165,7 @@ class Loop:
 
     def _joined(self) -> Joint | None:
         """The tasks' models as one, where BatchNorm statistics are common to them and may be re-estimated."""
-        settings = self.settings
-        apart = settings.batchnorm == "keep" or not settings.batchnorm_joint or self.own_statistics
-        if apart or settings.route is not None:
+        if not wanted(self.settings, self.body.plan, self.own_statistics):
             return None
         device = self.body.device
         return join(
@@ -199,7 +197,7 @@ class Loop:
     def _merge(self, values: Tensor, state: State) -> None:
         """Write the merged weights, and keep BatchNorm statistics up with them."""
         self.parametrisation.materialise(self.body.tensors, self.effective(values))
-        if self.settings.batchnorm == "keep" or not batchnorm_layers(self.learners[0].module):
+        if not reestimated(self.settings, self.body.plan):
             return
         last = state.step >= self.settings.steps
         known = state.own or state.statistics

@@ -226,11 +226,12 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
     samples = [(task, train, held) for task, (train, held) in found.samples.items()]
     console.print(show.table("Samples", ["task", ">learned from", ">held out"], samples))
     console.print()
+    batches = "a batch of every task at once" if found.joint else "one batch"
     cached = f"{show.size(found.cached)} in {found.cache}" if found.cached else "experts' predictions only"
     rows = [
         ("coefficients" if settings.route is None else "routers", f"{found.coefficients:,} at most"),
         ("disk cache", cached),
-        ("memory", f"about {show.size(found.memory)}, and the activations of one batch"),
+        ("memory", f"about {show.size(found.memory)}, and the activations of {batches}"),
         ("write", show.size(found.disk)),
     ]
     console.print(show.table("Estimate", ["", ""], rows))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..adaptation.adapt import AdaptResult, Callback, adapt_record
-from ..adaptation.batchnorm import batchnorm_layers
+from ..adaptation.batchnorm import reestimated
 from ..adaptation.coefficients import table
 from ..adaptation.loop import InterruptedRun, estimate_statistics
 from ..adaptation.scoring import average_into, score
@@ -114,7 +114,7 @@ def score_routed(routed: RoutedSession, state: State, say: Say) -> dict[str, Any
     """Score base, experts, average, start and the routed model; the modules end as the last."""
     session, flow = routed.session, routed.routes.flow
     body, vectors, learners = session.body, session.prepared.vectors, session.learners
-    estimated = session.settings.batchnorm == "recalibrate" and batchnorm_layers(learners[0].module)
+    estimated = reestimated(session.settings, session.prepared.plan)
 
     def refresh() -> None:
         if estimated:
