@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import adamerging as am
+from interrupts import hear_interrupts
 from models import save_expert
 from tiny_tasks import save_text_base
 
@@ -233,11 +234,6 @@ def test_experts_are_asked_once(cli, root, tmp_path, monkeypatch):
     assert loaded == []
     assert cli("merge", path, "--overwrite", "--task", "trec.max_length=4").code == 0
     assert loaded == ["trec"]
-
-
-def hear_interrupts():
-    """A shell starts its background jobs deaf to Ctrl-C, and so would be what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_interrupted_it_says_how_to_go_on(root, tmp_path):

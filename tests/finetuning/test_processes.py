@@ -14,6 +14,7 @@ import torch
 
 from adamerging.errors import AdamergingError, UsageError
 from adamerging.finetuning.processes import Say, in_processes
+from interrupts import hear_interrupts
 
 
 def work(say: Say, folder: Path, name: str) -> None:
@@ -82,7 +83,7 @@ def test_they_end_with_their_parent_and_without_a_word(tmp_path: Path, number: s
     parent = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts,
     )  # fmt: skip
     while not ((tmp_path / "long").exists() and (tmp_path / "short").exists()):
         assert parent.poll() is None

@@ -21,6 +21,7 @@ import adamerging as am
 from adamerging.sharing.collect import load_task
 from adamerging.sharing.store import write_store
 from finetuning_data import QUICK, Net, write_images
+from interrupts import hear_interrupts
 
 Cli = Callable[..., Any]
 Recipe = Callable[..., Path]
@@ -49,7 +50,9 @@ def start_two_processes(path: Path) -> tuple[subprocess.Popen[str], IO[str]]:
     """`share --jobs 2` at a command line of its own, and what it says."""
     program = "from adamerging.cli import program; program()"
     command = [sys.executable, "-c", program, "share", str(path), "--jobs", "2"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts
+    )
     assert running.stderr is not None
     return running, running.stderr
 
