@@ -19,6 +19,7 @@ from adaptation.toy import make_experts, make_tasks
         (True, "average", {}, True),
         (True, "average", {"batchnorm_joint": False}, False),
         (True, "average", {"batchnorm": "keep"}, False),
+        (True, "average", {"steps": 0}, False),
         (True, "task", {}, False),
         (False, "average", {}, False),
     ],

@@ -59,7 +59,7 @@ class Joint:
 
 
 def wanted(settings: AdaptSettings, plan: Plan, own_statistics: bool) -> bool:
-    """Whether tasks are to answer together, where their models fit.
+    """Whether tasks are to answer together in steps, where their models fit.
 
     Args:
         settings: of the run.
@@ -67,7 +67,7 @@ def wanted(settings: AdaptSettings, plan: Plan, own_statistics: bool) -> bool:
         own_statistics: each task has BatchNorm statistics of its own.
     """
     common = reestimated(settings, plan) and not own_statistics
-    return common and settings.batchnorm_joint and settings.route is None
+    return common and settings.batchnorm_joint and settings.route is None and settings.steps > 0
 
 
 def _switch(

@@ -298,14 +298,13 @@ def run_batches(
                 number = step * settings.batches_per_step + part
                 samples = [learner.batches.at(number) for learner in group]
                 answers = _answers(group, samples, body, joint)
-                parts = [
-                    _loss(learner, objective, logits, some, step)
-                    for learner, logits, some in zip(group, answers, samples, strict=True)
-                ]
-                sum(parts[1:], parts[0]).backward()  # type: ignore[no-untyped-call]
-                for learner, loss in zip(group, parts, strict=True):
+                found = []
+                for learner, logits, some in zip(group, answers, samples, strict=True):
+                    loss, value = _loss(learner, objective, logits, some, step)
+                    found.append(loss)
                     name = learner.task.name
-                    losses[name] = losses.get(name, 0.0) + float(loss.detach()) / settings.batches_per_step
+                    losses[name] = losses.get(name, 0.0) + value / settings.batches_per_step
+                torch.autograd.backward(found)
     return losses
 
 
@@ -314,10 +313,11 @@ def _answers(
 ) -> list[Tensor]:
     """Logits of each task's batch: of all together where they are joined, else one after the other."""
     inputs = [learner.inputs(some, body.device) for learner, some in zip(learners, samples, strict=True)]
-    with attention_for(inputs[0]):
-        found = joint.logits(inputs) if joint is not None else None
-    if found is not None:
-        return found
+    if joint is not None:
+        with attention_for(inputs[0]):
+            found = joint.logits(inputs)
+        if found is not None:
+            return found
     answers = []
     for learner, batch, some in zip(learners, inputs, samples, strict=True):
         body.load_statistics(learner.statistics)
@@ -330,18 +330,19 @@ def _answers(
 
 def _loss(
     learner: Learner, objective: Objective, logits: Tensor, samples: Sequence[int], step: int
-) -> Tensor:
-    """A task's loss. Raises as `run_batches`."""
+) -> tuple[Tensor, float]:
+    """A task's loss, and its value. Raises as `run_batches`."""
     loss = objective.loss(
         logits.float() if logits.dtype == torch.bfloat16 else logits,
         learner.target(objective, samples, logits.device),
     )
-    if not math.isfinite(float(loss.detach())):
+    value = float(loss.detach())
+    if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"the loss of task '{learner.task.name}' is {float(loss.detach())} at step {step}; "
+            f"the loss of task '{learner.task.name}' is {value} at step {step}; "
             "the coefficients before it are kept. Look for NaN in its inputs, or lower the lr"
         )
-    return loss
+    return loss, value
 
 
 def attention_for(inputs: Inputs) -> AbstractContextManager[Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptation.adapt import add_operations, fill_merged, learned_parameters, own_statistics, run_warnings
-from ..adaptation.batchnorm import batchnorm_layers
 from ..adaptation.coefficients import table
 from ..adaptation.loop import Learner, estimate_statistics, own_of_each, taken_statistics
 from ..adaptation.own_parts import Parts, own_warnings
@@ -240,12 +239,7 @@ class Maker:
         if not averaged or not all(name in tasks and tasks[name].adapt for name in self.experts):
             return None
         learners = self._learners(prepared, tasks)
-
-        def refresh() -> None:
-            if batchnorm_layers(learners[0].module):
-                estimate_statistics(learners, self.bench.device, rounds)
-
-        return refresh
+        return lambda: estimate_statistics(learners, self.bench.device, rounds)
 
     def _learners(self, prepared: Prepared, tasks: Mapping[str, Task]) -> list[Learner]:
         settings, modules = resolve({"preset": "paper"}), self.bench.modules
