@@ -26,12 +26,10 @@ from .sharing import share
 from .store import store
 from .suite import suite
 
-EPILOG = "\n\n".join(
-    [
-        "Exit codes: 0 done, 1 unexpected error, 2 usage, 3 weights that cannot be opened, "
-        "4 base and experts do not belong together, 5 NaN or infinity, 6 output cannot be written, "
-        "130 interrupted.",
-    ]
+EPILOG = (
+    "Exit codes: 0 done, 1 unexpected error, 2 usage, 3 weights that cannot be opened, "
+    "4 base and experts do not belong together, 5 NaN or infinity, 6 output cannot be written, "
+    "7 memory ran out, 130 interrupted, 141 nobody reads the output."
 )
 
 app = typer.Typer(
