@@ -45,6 +45,8 @@ class Entry:
         sources: the tensor's name in each expert that has it. An expert that is not here did not
             change the tensor (a LoRA adapter that does not touch it): its task vector is zero.
             Empty where the treatment is ``base``.
+        unmerged: where the treatment is ``base``, the tensor's name in each expert that has one of the
+            same kind and shape: no merge reads it, but the expert itself computes with it.
         shared_rows: how many leading rows all have, where a vocabulary grew; else None. These rows are
             merged; the output's other rows are the base's.
     """
@@ -55,6 +57,11 @@ class Entry:
     spec: Spec
     sources: Mapping[str, str]
     shared_rows: int | None = None
+    unmerged: Mapping[str, str] = field(default_factory=dict)
+
+    def name_in(self, expert: str) -> str | None:
+        """The tensor's name in an expert, merged or not; None where the expert has none of its own."""
+        return self.sources.get(expert) or self.unmerged.get(expert)
 
 
 @dataclass(frozen=True)
@@ -256,14 +263,14 @@ class _Planner:
         spec = self.base.entries[name]
         kept = self._kept(name, spec)
         if kept is not None:
-            return Entry(name, "base", kept, spec, {})
+            return Entry(name, "base", kept, spec, {}, unmerged=self._unmerged(name, spec))
         if spec.dtype.is_complex:
             self.problems.add(None, "complex", name, str(spec))
             return Entry(name, "base", "complex", spec, {})
         missing = self._missing(name)
         if missing is not None:
             self._compare_all(name, spec)
-            return Entry(name, "base", missing, spec, {})
+            return Entry(name, "base", missing, spec, {}, unmerged=self._unmerged(name, spec))
         sources = {e.key: e.hits[name][0] for e in self.experts if name in e.hits}
         rows = self._shared_rows(name, spec, sources)
         if naming.is_statistics(name) and self.buffers != "method":
@@ -288,9 +295,23 @@ class _Planner:
         if number_kind(spec) == "integer":
             self._compare_all(name, spec)
             return "boolean" if str(spec.dtype) == "torch.bool" else "integer"
+        if spec.numel == 0:
+            self._compare_all(name, spec)
+            return "empty"
         if naming.is_statistics(name) and self.buffers == "base":
             return "BatchNorm statistics, the base's as asked"
         return None
+
+    def _unmerged(self, name: str, spec: Spec) -> dict[str, str]:
+        """The experts' names of a tensor that stays the base's, where theirs could take its place."""
+        found = {}
+        for expert in self.experts:
+            for stored in expert.hits.get(name, [])[:1]:
+                theirs = expert.weights.specs[stored]
+                same_kind = number_kind(theirs) == number_kind(spec)
+                if same_kind and fits(theirs, spec, stored in expert.weights.low_rank):
+                    found[expert.key] = stored
+        return found
 
     def _missing(self, name: str) -> str | None:
         """Why a float tensor that experts lack is copied, or None where it is merged (or refused)."""

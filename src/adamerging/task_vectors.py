@@ -121,16 +121,31 @@ class TaskVectors:
 
     def open(self, entry: Entry) -> Opened:
         """The tensor, ready to be read in pieces."""
-        opened: list[Tensor | Factors | None] = []
-        for task, weights in self.experts.items():
-            name = entry.sources.get(task)
-            if name is None:
-                opened.append(None)
-            elif name in weights.low_rank:
-                opened.append(weights.factors(name))
-            else:
-                opened.append(weights.read(name).reshape(-1))
-        return Opened(entry, self.base.read(entry.name).reshape(-1), tuple(opened))
+        opened = tuple(self._stored(task, entry.sources.get(task)) for task in self.tasks)
+        return Opened(entry, self.base.read(entry.name).reshape(-1), opened)
+
+    def _stored(self, task: str, name: str | None) -> Tensor | Factors | None:
+        weights = self.experts[task]
+        if name is None:
+            return None
+        return weights.factors(name) if name in weights.low_rank else weights.read(name).reshape(-1)
+
+    def of_expert(self, entry: Entry, task: str) -> Tensor:
+        """What one expert computes with, merged or not: of the base's shape, in the expert's stored dtype.
+
+        Of an adapter it is ``base + change`` in the dtype of all arithmetic, and the base's where the expert
+        has nothing of its own; where a vocabulary grew, the rows after the shared ones are the base's.
+        """
+        base, stored = self.base.read(entry.name), self._stored(task, entry.name_in(task))
+        if stored is None:
+            return base
+        if isinstance(stored, Factors):
+            change = _low_rank(stored, 0, entry.spec.numel, self.dtype(entry))
+            return base.to(self.dtype(entry)) + change.reshape(base.shape)
+        if entry.shared_rows is None:
+            return stored.reshape(base.shape)
+        shared = self.numel(entry)
+        return torch.cat([stored[:shared], base.reshape(-1)[shared:].to(stored.dtype)]).reshape(base.shape)
 
     def spans(self, entry: Entry, scope: Scope) -> Iterator[tuple[int, int]]:
         """The pieces a tensor is read in: ranges of its flattened values that respect ``scope``."""

@@ -47,11 +47,15 @@ class Body:
         """
         module = module.to(self.device).eval().requires_grad_(False)
         names = names_in_expert(self.plan, task)
-        floating = [tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point()]
+        heads = self.plan.heads.get(task, {})
+        floating = [
+            self.tensors[names[name]].dtype
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if name in names and name not in heads and parameter.is_floating_point()
+        ]
         module = module.to(max(floating, key=lambda dtype: dtype.itemsize, default=torch.float32))
         shared: dict[int, Tensor] = {}
         stored = module.state_dict(keep_vars=True)
-        heads = self.plan.heads.get(task, {})
         for name, tensor in stored.items():
             if name in names and name not in heads:
                 own = self.tensors[names[name]]
@@ -123,32 +127,17 @@ class Body:
                 self.tensors[name].copy_(value)
 
     def load_expert(self, vectors: TaskVectors, task: str, names: Collection[str] | None = None) -> None:
-        """Make the body this expert's, exactly, statistics included.
+        """Make the body this expert's, exactly: statistics and what no merge changes included.
 
         Args:
             vectors: base and experts.
             task: which.
             names: of the tensors that become the expert's; all when None.
         """
-        row = vectors.tasks.index(task)
         with torch.no_grad():
             for entry in self.plan.entries.values():
-                if names is not None and entry.name not in names:
-                    continue
-                if task not in entry.sources:
-                    self.tensors[entry.name].copy_(vectors.base.read(entry.name))
-                    continue
-                opened = vectors.open(entry).experts[row]
-                if isinstance(opened, Tensor):
-                    values = opened.reshape(-1)
-                    target = self.tensors[entry.name].view(-1)
-                    target.copy_(vectors.base.read(entry.name).reshape(-1))
-                    target[: vectors.numel(entry)].copy_(values[: vectors.numel(entry)])
-                else:
-                    chunk = vectors.read(vectors.open(entry), 0, vectors.numel(entry))
-                    self.tensors[entry.name].view(-1)[: vectors.numel(entry)].copy_(
-                        chunk.base + chunk.vectors[row]
-                    )
+                if names is None or entry.name in names:
+                    self.tensors[entry.name].copy_(vectors.of_expert(entry, task))
 
 
 def names_in_expert(plan: Plan, task: str) -> Mapping[str, str]:
@@ -156,7 +145,7 @@ def names_in_expert(plan: Plan, task: str) -> Mapping[str, str]:
     prefixes = plan.prefixes.get(task)
     names = {}
     for name, entry in plan.entries.items():
-        names[entry.sources.get(task, name)] = name
+        names[entry.name_in(task) or name] = name
         if prefixes is not None and name.startswith(prefixes.base):
             names.setdefault(prefixes.expert + name[len(prefixes.base) :], name)
     for alias, name in plan.aliases.items():

@@ -9,7 +9,7 @@ import torch
 from ..adaptation.body import Body
 from ..run import Prepared
 from ..tasks.task import Task
-from .changes import Change, expert_value
+from .changes import Change
 
 
 class Blend:
@@ -52,7 +52,7 @@ class Blend:
         with torch.no_grad():
             for name in wanted ^ self.open:
                 if name in wanted:
-                    value = expert_value(self.vectors, entries[name], self._task)
+                    value = self.vectors.of_expert(entries[name], self._task)
                 else:
                     value = self.vectors.base.read(name)
                 self.body.tensors[name].copy_(value)

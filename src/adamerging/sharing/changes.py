@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..errors import UsageError
-from ..plan import Entry
 from ..run import Prepared
-from ..task_vectors import TaskVectors
 
 Scores = Mapping[str, Mapping[str, float]]
 """By task and by the base's tensor name."""
@@ -111,15 +108,3 @@ def within_budget(
 def ranked(scores: Mapping[str, float]) -> list[str]:
     """Names from the highest score to the lowest; of equals, in the order of names."""
     return sorted(scores, key=lambda name: (-scores[name], name))
-
-
-def expert_value(vectors: TaskVectors, entry: Entry, task: str) -> Tensor:
-    """An expert's value of one tensor, exactly as stored; of an adapter ``base + change`` in float32."""
-    opened = vectors.open(entry)
-    found = opened.experts[vectors.tasks.index(task)]
-    if isinstance(found, Tensor):
-        return found.reshape(entry.spec.shape)
-    base = opened.base.to(vectors.dtype(entry))
-    if found is not None:
-        base = base + ((found.left.to(base) * found.scale) @ found.right.to(base)).reshape(-1)
-    return base.reshape(entry.spec.shape)

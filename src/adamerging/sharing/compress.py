@@ -24,7 +24,6 @@ from .changes import (
     Choice,
     Scores,
     above,
-    expert_value,
     largest,
     norms,
     survey,
@@ -280,7 +279,7 @@ def _values(prepared: Prepared, task: str, names: Sequence[str]) -> Weights:
         return Spec(entry.spec.shape, vectors.dtype(entry) if low else dense)
 
     specs = {name: spec(entries[name]) for name in names}
-    return Weights(task, specs, lambda name: expert_value(vectors, entries[name], task))
+    return Weights(task, specs, lambda name: vectors.of_expert(entries[name], task))
 
 
 def _kind(task: str, expert: Weights, base: Weights) -> Any:
