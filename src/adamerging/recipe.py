@@ -157,17 +157,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _one_way_to_merge(self) -> Recipe:
-        given = [
-            key
-            for key in ("method", "options", "scale")
-            if key in self.model_fields_set and getattr(self, key) not in ({}, None)
-        ]
-        if self.adapt is not None and given:
-            raise ValueError(
-                f"{', '.join(given)} and adapt exclude each other: with learned coefficients, a method is "
-                "either where they start (adapt.start: tsv_m) or what is done to the task vectors first "
-                "(adapt.vectors: ties); either may be a list of {name: options}"
-            )
+        if self.adapt is not None:
+            refuse_static({key: getattr(self, key) for key in self.model_fields_set})
         return self
 
     def weights_by_expert(self) -> Any:
@@ -208,7 +199,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if isinstance(fields.get("base"), str):
         fields["base"] = local(path, fields["base"])
     if isinstance(fields.get("out"), str):
-        fields["out"] = str(path.parent / fields["out"])
+        fields["out"] = str(path.parent / Path(fields["out"]).expanduser())
     experts = fields.get("experts")
     if isinstance(experts, dict):
         for name, expert in experts.items():
@@ -275,8 +266,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def local(recipe: Path, value: str) -> str:
     """A path that exists beside the recipe, else the value itself (a hub id, or a path to be reported)."""
-    candidate = recipe.parent / value
-    if "#" in value and not candidate.exists() and (recipe.parent / value.rpartition("#")[0]).exists():
+    candidate = recipe.parent / Path(value).expanduser()
+    if "#" in value and not candidate.exists() and Path(str(candidate).rpartition("#")[0]).exists():
         return str(candidate)  # a task of a store
     looks_local = value.startswith((".", "/", "~")) or value.endswith("/") or value.count("/") != 1
     return str(candidate) if candidate.exists() or (looks_local and not Path(value).is_absolute()) else value
@@ -345,3 +336,21 @@ UniqueKeys.add_implicit_resolver(
     re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def refuse_static(given: Mapping[str, Any]) -> None:
+    """Refuse the settings of a static merge where coefficients are learned.
+
+    Args:
+        given: what was set, by the fields of `Settings`.
+
+    Raises:
+        ValueError: names those that have no effect then.
+    """
+    found = [key for key in ("method", "options", "scale") if given.get(key) not in ({}, None)]
+    if found:
+        raise ValueError(
+            f"{', '.join(found)} and adapt exclude each other: with learned coefficients, a method is "
+            "either where they start (adapt.start: tsv_m) or what is done to the task vectors first "
+            "(adapt.vectors: ties); either may be a list of {name: options}"
+        )

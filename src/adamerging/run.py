@@ -326,10 +326,22 @@ def _in_memory(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, dict[st
         )
         for name, values in parts.items()
     }
-    body |= {alias: body[name] for alias, name in prepared.plan.aliases.items()}
-    return {name: body[name] for name in sorted(body)}, {
-        task: head_of(prepared, task) for task in prepared.plan.heads
-    }
+    return with_heads(prepared, body)
+
+
+def with_heads(
+    prepared: Prepared, body: Mapping[str, Tensor], statistics: Mapping[str, Statistics] | None = None
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The body under all of the base's names, and the tensors of each task's own.
+
+    Args:
+        prepared: what is merged.
+        body: merged, one tensor an entry of the plan.
+        statistics: as of `write_heads`.
+    """
+    named = {**body, **{alias: body[name] for alias, name in prepared.plan.aliases.items()}}
+    heads = {task: head_of(prepared, task, (statistics or {}).get(task)) for task in prepared.plan.heads}
+    return {name: named[name] for name in sorted(named)}, heads
 
 
 def merge_into(tensors: Mapping[str, Tensor], prepared: Prepared, workers: Workers) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from adamerging import UsageError
 from adamerging.adaptation.adapt import adapt
 from adamerging.adaptation.batchnorm import common_statistics
-from adaptation.toy import make_experts, make_tasks
+from adamerging.tasks.module import module_task
+from adamerging.tasks.task import Task
+from adaptation.toy import Net, make_experts, make_tasks
 
 
 def layer_of(kind: type[nn.Module], *, affine: bool) -> nn.Module:
@@ -107,3 +112,101 @@ def test_statistics_that_were_asked_for_are_not_estimated_anew(buffers: str, exp
         assert found.abs().max() < 0.5
     else:  # the base's, and base + 0.25 (1 - base) + 0.25 (2 - base) with coefficients that nothing moves
         assert torch.allclose(found, torch.full_like(found, expected))
+
+
+class Headed(Net):
+    """A net whose head has a BatchNorm layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+def headed_experts() -> tuple[Headed, dict[str, Headed]]:
+    torch.manual_seed(0)
+    base, experts = Headed().double().eval(), {}
+    for number, name in enumerate(("a", "b"), 1):
+        experts[name] = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in experts[name].parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            experts[name].head[1].running_mean.add_(5 * number)
+            experts[name].head[0].bias.add_(5 * number)  # the same function
+    return base, experts
+
+
+@pytest.mark.parametrize(
+    ("settings", "merge"),
+    [
+        ({}, {}),
+        ({"batchnorm_joint": False}, {}),
+        ({}, {"buffers": "task"}),
+        ({"preset": "symerge"}, {}),
+    ],
+    ids=["joint", "apart", "own", "learned heads"],
+)
+def test_statistics_of_a_head_stay_its_experts(settings: dict[str, object], merge: dict[str, object]) -> None:
+    base, experts = headed_experts()
+    found = adapt(
+        base,
+        experts,
+        make_tasks(experts),
+        steps=2,
+        batch_size=8,
+        merge={"heads": ["head.*"], **merge},
+        **settings,
+    )  # type: ignore[arg-type]
+    for learner in found.learners:
+        mine, theirs = learner.module.head[1], experts[learner.task.name].head[1]
+        assert torch.equal(mine.running_mean, theirs.running_mean)
+        assert torch.equal(mine.running_var, theirs.running_var)
+        assert mine.num_batches_tracked == theirs.num_batches_tracked
+    common = found.body.tensors["norm.running_mean"]
+    assert not torch.allclose(common, sum(e.norm.running_mean for e in experts.values()) / 2)
+
+
+@pytest.mark.parametrize("merge", [{}, {"buffers": "task"}], ids=["common", "own"])
+def test_batches_of_one_sample_have_statistics_with_another(merge: dict[str, object]) -> None:
+    base, experts = make_flat_experts()
+    tasks = flat_tasks(experts, 9)
+    found = adapt(base, experts, tasks, steps=2, batch_size=1, merge={"heads": ["head.*"], **merge})
+    assert all(tensor.isfinite().all() for tensor in found.body.tensors.values())
+
+
+def test_one_sample_alone_has_no_statistics() -> None:
+    base, experts = make_flat_experts()
+    with pytest.raises(UsageError, match=r"no statistics of one sample, .* for a\."):
+        adapt(
+            base, experts, flat_tasks(experts, 2), steps=2, held_out=0.5,
+            merge={"heads": ["head.*"], "buffers": "task"},
+        )  # fmt: skip
+
+
+class Flat(nn.Module):
+    """BatchNorm over samples alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.stem(x))))
+
+
+def make_flat_experts() -> tuple[Flat, dict[str, Flat]]:
+    torch.manual_seed(0)
+    base, experts = Flat().eval(), {}
+    for name in ("a", "b"):
+        experts[name] = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in experts[name].parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return base, experts
+
+
+def flat_tasks(experts: dict[str, Flat], samples: int) -> list[Task]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        module_task(name, adapt=torch.randn(samples, 4, generator=generator), model=expert)
+        for name, expert in experts.items()
+    ]

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import adamerging as am
 from adaptation.test_command import LABELS, recipe, root  # noqa: F401
+from adaptation.toy import make_experts, make_tasks
 
 COMPOSITIONS = {
     "tsv_m + a coefficient a tensor": {"preset": "paper", "start": "tsv_m", "initial": 0.0, "clamp": "none"},
@@ -50,3 +51,39 @@ def test_it_starts_at_the_merge_and_learning_moves_it(name, cli, root, tmp_path,
     first, last = (records["end"][at]["kl"] for at in ("start", "end"))
     assert last < first
     assert set(am.load(tmp_path / "end").tasks) == set(LABELS)
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "ties"}, {"scale": 0.5}, {"options": {"density": 0.1}}], ids=str
+)
+def test_a_static_method_beside_learning_is_refused_from_python_too(given):
+    base, experts = make_experts(2)
+    with pytest.raises(am.UsageError, match=f"{next(iter(given))} and adapt exclude each other"):
+        am.adapt(base, experts, make_tasks(experts), steps=1, merge={"heads": ["head.*"], **given})
+
+
+def test_experts_of_other_names_have_a_start_of_their_own(tmp_path, monkeypatch):
+    """DARE draws by the experts' names: a start from the cache must not be that of others."""
+    base, experts = make_experts(2, batchnorm=False)
+    renamed = dict(zip(("c", "d"), experts.values(), strict=True))
+    settings = {"start": [{"dare": {"density": 0.5}}], "steps": 0, "merge": {"heads": ["head.*"]}}
+
+    def start(experts, cache):
+        monkeypatch.setenv("ADAMERGING_CACHE", str(tmp_path / cache))
+        return am.adapt(base, experts, make_tasks(experts), **settings).body.tensors["up.weight"]
+
+    first, fresh = start(experts, "one"), start(renamed, "two")
+    assert not first.equal(fresh)
+    assert start(renamed, "one").equal(fresh)
+
+
+def test_gradients_turned_off_by_the_caller_do_not_matter():
+    base, experts = make_experts(2)
+
+    def values():
+        return am.adapt(base, experts, make_tasks(experts), steps=2, merge={"heads": ["head.*"]}).values
+
+    wanted = values()
+    with torch.no_grad():
+        assert values().equal(wanted)
+        assert not torch.is_grad_enabled()

@@ -183,3 +183,16 @@ def test_a_callback_hears_every_step_and_check_in_order():
     ]  # fmt: skip
     assert all(set(r["loss"]) == set(experts) and r["seconds"] > 0 for r in heard if "loss" in r)
     assert [r["step"] for r in result.history] == [r["step"] for r in heard]
+
+
+def test_a_gradient_of_nan_stops_before_it_is_used():
+    """A root has no gradient at 0, where the loss is finite."""
+    base, experts = make_experts(2)
+    objective = am.Objective(
+        "root", lambda out, _: (out - out.detach()).square().sum().sqrt(), target="expert"
+    )
+    with pytest.raises(am.AdamergingError, match="gradient at step 0 is NaN or infinite") as refused:
+        am.adapt(
+            base, experts, make_tasks(experts), steps=1, objective=objective, merge={"heads": ["head.*"]}
+        )
+    assert refused.value.exit_code == 5

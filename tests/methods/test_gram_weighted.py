@@ -170,6 +170,8 @@ def test_an_expert_that_left_a_matrix_alone_changes_nothing_of_the_rest(name):
     still = taught | {"z": {**taught["a"], "blocks.0.attn.weight": base["blocks.0.attn.weight"].clone()}}
     merged = merge(base, still, make_method(name))
     assert all(tensor.isfinite().all() for tensor in merged.values())
+    without = merge(base, taught, make_method(name))
+    torch.testing.assert_close(merged["blocks.0.attn.weight"], without["blocks.0.attn.weight"])
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, enable_grad
 
 from ..errors import UsageError
-from ..recipe import Recipe, Settings
+from ..recipe import Recipe, Settings, refuse_static
 from ..run import Prepared, check_out, idle_warnings, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
 from ..surgery import Operation
@@ -119,7 +119,8 @@ def adapt(
         callback: told of every record of the history: of a step its ``step``, ``loss`` by task and
             ``seconds``, of a check its ``step`` and ``check`` by task.
         say: told in words what takes time.
-        merge: fields of `recipe.Settings` that say what is merged (include, exclude, heads, ...).
+        merge: fields of `recipe.Settings` that say what is merged (include, exclude, heads, ...); a method,
+            its options and its scale are not among them.
         settings: fields of `settings.AdaptSettings`; unset ones come from the preset. ``objective`` may be an
             `Objective` of your own.
 
@@ -127,6 +128,10 @@ def adapt(
         AdamergingError: see `errors`; nothing is written then but the state of an interrupted run.
     """
     resolved = resolve(settings)
+    try:
+        refuse_static(merge or {})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     tasks = list(tasks)
     refuse_overlap(tasks, transductive=transductive)
     prepared = prepare(base, experts, make(Settings, merge or {}, "merge"))
@@ -155,6 +160,7 @@ def tasks_of(recipe: Recipe, prepared: Prepared) -> list[Task]:
     return make_tasks(recipe.tasks, vectors.experts, vectors.base, transductive=recipe.transductive)
 
 
+@enable_grad()  # a caller may have turned gradients off
 def run_adaptation(
     prepared: Prepared,
     tasks: Sequence[Task],
@@ -270,7 +276,7 @@ def score_session(
 
     def refresh() -> None:
         if estimated:
-            estimate_statistics(learners, body.device, 16)
+            estimate_statistics(learners, body, 16)
 
     def average() -> None:
         average_into(body, vectors, session.workers)
@@ -292,7 +298,7 @@ def score_session(
     tasks = [(learner.task, learner.module) for learner in learners]
 
     def anew(task: str) -> None:
-        estimate_statistics([each[task]], body.device, 16)
+        estimate_statistics([each[task]], body, 16)
 
     special = {"average": anew, "start": anew, "merged": lambda task: body.load_statistics(own[task])}
     scores = score(tasks, body, vectors, models, say, special if own else {})

@@ -7,7 +7,7 @@ statistics has to serve them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,11 +22,20 @@ from ..tasks.task import Inputs
 from .settings import AdaptSettings
 
 
-def batchnorm_layers(module: nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics."""
-    return [
-        part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None
-    ]
+def batchnorm_layers(module: nn.Module, body: Mapping[str, Tensor] | None = None) -> list[_BatchNorm]:
+    """The layers that keep running statistics.
+
+    Args:
+        module: whose layers.
+        body: the body's tensors, where only layers whose statistics are among them are meant; those of a
+            task's own head follow from no merge.
+    """
+    layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    found = [(layer, layer.running_mean) for layer in layers if layer.running_mean is not None]
+    if body is None:
+        return [layer for layer, _ in found]
+    shared = {tensor.data_ptr() for tensor in body.values()}
+    return [layer for layer, mean in found if mean.data_ptr() in shared]
 
 
 def reestimated(settings: AdaptSettings, plan: Plan) -> bool:
@@ -35,13 +44,14 @@ def reestimated(settings: AdaptSettings, plan: Plan) -> bool:
 
 
 @contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
+def batch_statistics(module: nn.Module, body: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Normalise by the statistics of each batch, and let gradients through them; the running ones stay.
 
     Args:
         module: whose layers do so.
+        body: see `batchnorm_layers`.
     """
-    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in batchnorm_layers(module)]
+    layers = [(layer, layer.momentum, layer.num_batches_tracked) for layer in batchnorm_layers(module, body)]
     for layer, _, counter in layers:
         layer.momentum = 0.0
         layer.num_batches_tracked = None if counter is None else counter.clone()
@@ -127,6 +137,7 @@ def recalibrate(
     modules: Sequence[nn.Module],
     forwards: Sequence[Callable[[nn.Module, Inputs], Tensor]],
     batches: Sequence[Sequence[Inputs]],
+    body: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Set the running statistics to the mean over batches, in place.
 
@@ -134,8 +145,9 @@ def recalibrate(
         modules: one a task; their BatchNorm statistics are the same tensors.
         forwards: how each is run.
         batches: for each round one batch of every task.
+        body: see `batchnorm_layers`.
     """
-    layers = [(layer, layer.momentum) for module in modules for layer in batchnorm_layers(module)]
+    layers = [(layer, layer.momentum) for module in modules for layer in batchnorm_layers(module, body)]
     if not layers:
         return
     counters = [

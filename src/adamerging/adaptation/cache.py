@@ -52,21 +52,22 @@ def key(*parts: Any) -> str:
 
 
 def content_of(weights: Weights, hashes: Mapping[Path, str]) -> list[str]:
-    """What identifies weights: sha256 of their files, or of their values where they are in memory.
+    """What identifies a model: its configuration, and sha256 of its files or, in memory, of its values.
 
     Args:
         weights: any weights.
         hashes: sha256 by file.
     """
+    about = [] if weights.config is None else [key(weights.config)]
     if weights.files:
-        return [hashes[path] for path in weights.files]
+        return [*about, *(hashes[path] for path in weights.files)]
     digest = hashlib.sha256()
     for name, spec in weights.specs.items():
         digest.update(f"{name} {spec}".encode())
         digest.update(
             weights.read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         )
-    return [digest.hexdigest()]
+    return [*about, digest.hexdigest()]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -122,10 +122,9 @@ def head_of(task: Task, model: nn.Module, plan: Plan, expert: Weights, base: Wei
     if task.fixed_head is not None and task.features is not None:
         return LearnedHead({FIXED: task.fixed_head(expert, base).clone()}, fixed=True)
     own: Collection[str] = plan.heads.get(task.name, ())
-    stored = model.state_dict()
     values = {
         name: tensor.detach().clone()
-        for name, tensor in stored.items()
+        for name, tensor in model.named_parameters(remove_duplicate=False)
         if name in own and tensor.is_floating_point()
     }
     if not values:

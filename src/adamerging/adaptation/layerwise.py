@@ -85,7 +85,7 @@ def distill(
         raise UsageError(f"{NAME} learns a coefficient for every value and takes no weights by expert")
     stored_as = key(
         NAME, list(content), options.model_dump(), settings.seed, settings.precision,
-        [entry.name for entry in prepared.vectors.entries()],
+        [[entry.name, entry.treatment] for entry in prepared.plan.entries.values()],
     ) if content else None  # fmt: skip
     run = _Run(options, settings, prepared, body, workers, stored_as, say)
     try:

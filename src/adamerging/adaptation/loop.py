@@ -34,7 +34,7 @@ SHORT = 256
 
 
 class NonFiniteLossError(AdamergingError):
-    """The loss of a task became NaN or infinite; the state before that step is kept."""
+    """A loss or its gradient became NaN or infinite; the state before that step is kept."""
 
     exit_code = 5
 
@@ -123,7 +123,7 @@ class Loop:
         """Run to the last step; the body ends as the state that is returned.
 
         Raises:
-            NonFiniteLossError: names the task and step.
+            NonFiniteLossError: names the step, and the task whose loss it is.
             InterruptedRun: Ctrl-C; the state is saved.
         """
         settings, state = self.settings, self.state
@@ -213,7 +213,7 @@ class Loop:
             own = {learner.task.name: own_of_task(learner, self.body, rounds) for learner in self.learners}
             state.own = {f"{task}/{n}": tensor for task, found in own.items() for n, tensor in found.items()}
         if common:  # where tasks have their own, for whoever opens the body without a task
-            estimate_statistics(self.learners, self.body.device, rounds)
+            estimate_statistics(self.learners, self.body, rounds)
             state.statistics = taken_statistics(self.body)
 
     def _step(
@@ -231,6 +231,12 @@ class Loop:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(settings, state.step)
         optimizer.step()
+        if not all(bool(tensor.isfinite().all()) for tensor in (values, *self.heads.values())):
+            raise NonFiniteLossError(
+                f"the gradient at step {state.step} is NaN or infinite, though every loss is finite; the "
+                "coefficients before it are kept. Look for a root or a logarithm at 0 in the objective, or "
+                "lower the lr"
+            )
         if settings.clamp == "project":
             with torch.no_grad():
                 values.copy_(self.parametrisation.clamped(values))
@@ -322,7 +328,7 @@ def _answers(
     for learner, batch, some in zip(learners, inputs, samples, strict=True):
         body.load_statistics(learner.statistics)
         alone = not learner.statistics or len(some) == 1
-        own = nullcontext() if alone else batch_statistics(learner.module)
+        own = nullcontext() if alone else batch_statistics(learner.module, body.tensors)
         with attention_for(batch), own:
             answers.append(learner.task.forward(learner.module, batch))
     return answers
@@ -425,20 +431,41 @@ def make_optimizer(settings: AdaptSettings, *values: Tensor) -> torch.optim.Opti
     return optimizer
 
 
-def estimate_statistics(learners: Sequence[Learner], device: torch.device, rounds: int) -> None:
-    """Re-estimate the BatchNorm statistics of the working body on training samples of all tasks."""
+def estimate_statistics(learners: Sequence[Learner], body: Body, rounds: int) -> None:
+    """Re-estimate the BatchNorm statistics of the working body on training samples of all tasks.
+
+    Raises:
+        UsageError: one sample alone has no statistics, and a task has no more.
+    """
     batches = [
-        [learner.inputs(learner.batches.at(number), device) for learner in learners]
+        [learner.inputs(_no_fewer_than_two(learner, number), body.device) for learner in learners]
         for number in range(rounds)
     ]
-    recalibrate(
-        [learner.module for learner in learners], [learner.task.forward for learner in learners], batches
-    )
+    modules = [learner.module for learner in learners]
+    try:
+        recalibrate(modules, [learner.task.forward for learner in learners], batches, body.tensors)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        alone = ", ".join(learner.task.name for learner in learners if len(learner.train) == 1)
+        raise UsageError(
+            f"BatchNorm has no statistics of one sample, and there are no more to learn from for {alone}. Give "
+            "more unlabeled data, or hold less out (held_out)"
+        ) from None
+
+
+def _no_fewer_than_two(learner: Learner, number: int) -> list[int]:
+    """The samples of a batch, and another where it is alone."""
+    samples = list(learner.batches.at(number))
+    if len(samples) == 1:
+        following = [*learner.batches.at(number + 1), *learner.train]
+        samples += [sample for sample in following if sample not in samples][:1]
+    return samples
 
 
 def own_of_task(learner: Learner, body: Body, rounds: int) -> dict[str, Tensor]:
     """The statistics of one task's own, re-estimated on its training samples; the body is left with them."""
-    estimate_statistics([learner], body.device, rounds)
+    estimate_statistics([learner], body, rounds)
     return taken_statistics(body)
 
 

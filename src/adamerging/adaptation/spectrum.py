@@ -291,7 +291,7 @@ def build_spectrum(
             for entry, stack in _stacks(vectors, source.plain, workers, others):
                 writer.write(stack.to(specs[entry.name].dtype).contiguous())
 
-    asked = [settings.start, settings.vectors, settings.gated, list(specs)]
+    asked = [settings.start, settings.vectors, settings.gated, list(vectors.tasks), list(specs)]
     stored = cached(key("spectrum", asked, list(content)), specs, fill)
     matrices = []
     for entry in gated:

@@ -96,7 +96,8 @@ def build_stack(
             informed, found = inform(transform, vectors, settings.vectors)
             pipelines.append((informed, transform.transform, 1.0))
             known += found
-        stored = [settings.start, settings.vectors, vectors.weights, [entry.name for entry in entries]]
+        names = list(vectors.tasks), [entry.name for entry in entries]  # DARE draws by them
+        stored = [settings.start, settings.vectors, vectors.weights, *names]
         stored += [known] if known else []
         say(
             f"transformed task vectors: {nbytes / 1e6:.0f} MB in the disk cache "

@@ -22,6 +22,7 @@ from ..run import (
     idle_warnings,
     run_record,
     statistics_warning,
+    with_heads,
 )
 from ..stream import Workers
 from ..tasks.task import Task
@@ -67,9 +68,12 @@ def merge_with_tasks(
         say: told what takes time.
 
     Raises:
-        UsageError: data, and a tokenizer other than the base's.
+        UsageError: data, and a tokenizer other than the base's; a task without an expert.
         AdamergingError: as `run.merge`.
     """
+    strange = [task.name for task in tasks if task.name not in prepared.vectors.tasks]
+    if strange:
+        raise UsageError("\n".join(f"task '{name}' has no expert" for name in strange))
     if prepared.method.statistics is not None:
         if out is not None:
             check_out(prepared, out, overwrite=overwrite)  # before what takes long
@@ -93,7 +97,10 @@ def merge_with_tasks(
     record = run_record(prepared, started, hashes) | extra
     record |= {"transductive": transductive, "tasks": {task.name: dict(task.settings) for task in tasks}}
     if folder is None:
-        return MergeResult(prepared.plan, record, body=body.tensors)
+        specs = {name: spec for file in prepared.files.values() for name, spec in file.items()}
+        merged = {name: body.tensors[name].detach().to(spec.dtype) for name, spec in specs.items()}
+        own, heads = with_heads(prepared, merged, statistics)
+        return MergeResult(prepared.plan, record, body=own, heads=heads)
     with folder:
         folder.require(prepared.nbytes)
         record["outputs"] = write_model(folder, prepared, body.tensors, tasks, statistics)
@@ -118,7 +125,6 @@ def with_statistics(
     check_tasks(prepared.method, vectors, tasks)
     inputs = [vectors.base, *vectors.experts.values()]
     body = Body(vectors, torch.device("cpu"))
-    tasks = [task for task in tasks if task.name in vectors.tasks]
     modules = {
         task.name: body.attach(task.name, task.skeleton(vectors.experts[task.name], vectors.base))
         for task in tasks
@@ -231,7 +237,7 @@ class _Bench:
     def refresh(self) -> None:
         """Re-estimate the body's statistics, if they are to be."""
         if self.learners:
-            estimate_statistics(self.learners, self.body.device, _ROUNDS)
+            estimate_statistics(self.learners, self.body, _ROUNDS)
 
     def average(self) -> None:
         """Make the body the experts' average."""
@@ -255,6 +261,6 @@ class _Bench:
         each: dict[str, FillOwn] = {} if own is None else {"merged": own}
         learners = {learner.task.name: learner for learner in self.learners}
         if self.own and learners:
-            each["average"] = lambda task: estimate_statistics([learners[task]], self.body.device, _ROUNDS)
+            each["average"] = lambda task: estimate_statistics([learners[task]], self.body, _ROUNDS)
         found = score(self.modules, self.body, self.vectors, models, say, each)
         return {} if found is None else {"scores": found.as_dict()}

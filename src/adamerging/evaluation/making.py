@@ -239,7 +239,7 @@ class Maker:
         if not averaged or not all(name in tasks and tasks[name].adapt for name in self.experts):
             return None
         learners = self._learners(prepared, tasks)
-        return lambda: estimate_statistics(learners, self.bench.device, rounds)
+        return lambda: estimate_statistics(learners, self.bench.body, rounds)
 
     def _learners(self, prepared: Prepared, tasks: Mapping[str, Task]) -> list[Learner]:
         settings, modules = resolve({"preset": "paper"}), self.bench.modules

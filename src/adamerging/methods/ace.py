@@ -32,8 +32,9 @@ def ace(
 
     (Σ τ_t Σ_t) (Σ Σ_t + C)⁻¹, where Σ_t is the covariance of the rows of τ_t plus ε, and C repeats the mean
     row of Σ Σ_t. Where the norms of the task vectors differ much, covariances are divided by their traces
-    and the leading directions of what is left over are added with equal strength. Vectors and scalars are
-    averaged. ε is a number on the scale of squared task vectors, not a ratio.
+    and the leading directions of what is left over are added with equal strength. An expert that left a
+    matrix as it is has no say in it. Vectors and scalars are averaged. ε is a number on the scale of squared
+    task vectors, not a ratio.
 
     Args:
         epsilon: ε; the paper uses 1e-5 for vision transformers, 2e-4 for RoBERTa and 4e-2 for GPT-2, its
@@ -48,7 +49,10 @@ def ace(
 
 
 def _weigh(_: Chunk, matrices: Tensor, epsilon: float, refine: float, centred: bool) -> Tensor:
-    stack = matrices.double()
+    moved = [index for index, matrix in enumerate(matrices) if matrix.any()]
+    if not moved:
+        return matrices[0].double()
+    stack = matrices[moved].double()  # an expert that left the matrix alone knows nothing of its inputs
     norms = stack.square().sum((1, 2))
     logs = (norms + 1e-12).log()
     normalise = len(stack) > 1 and bool(logs.var() / (logs.mean().square() + 1e-12) > _HETEROGENEOUS)

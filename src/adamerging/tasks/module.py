@@ -43,7 +43,7 @@ def module_task(
             changed, and its values do not matter where the expert has them.
         head: applied to what the module returns, where the module itself ends before the logits.
         collate: raw inputs of some samples → tensors by argument name; stacks them by default, as float32
-            where they are floats.
+            where they are floats. Floats go into the module in the dtype of its parameters.
         forward: ``(module, inputs) → output``; calls the module with the inputs by default.
         input_field: column (or npz array) of the inputs; guessed from common names.
         label_field: column of the label; guessed.
@@ -63,10 +63,13 @@ def module_task(
     fields = Fields(input_field, label_field)
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "array", fields, label_names)
     own_head = copy.deepcopy(head).eval() if isinstance(head, nn.Module) else head
-    call = forward or _call
+    run = forward or _call
+
+    def call(module: nn.Module, inputs: Inputs) -> Any:
+        return run(module, _as_computed(module, inputs))
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
-        module = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+        module = copy.deepcopy(model if isinstance(model, nn.Module) else model())  # it may be the user's
         if not isinstance(module, nn.Module):
             raise UsageError(f"task '{name}': model() made a {type(module).__name__}, not an nn.Module")
         _fill(module, expert, base)
@@ -127,7 +130,14 @@ def stack(inputs: Sequence[Any]) -> Inputs:
 
 def _tensor(value: Any) -> Tensor:
     tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(as_array(value))
-    return tensor.float() if tensor.dtype in (torch.float64, torch.float16) else tensor
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _as_computed(module: nn.Module, inputs: Inputs) -> Inputs:
+    """Floating inputs in the dtype of the module's parameters, which is not that of the files."""
+    own = (parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    dtype = next(own, torch.float32)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _call(module: nn.Module, inputs: Inputs) -> Any:
