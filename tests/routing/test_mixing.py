@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adamerging.routing import mixing
-from adamerging.routing.gates import Router
+from adamerging.routing.gates import Flow, Router
 from adamerging.routing.mixing import mixed_linear
 
 sizes = st.integers(1, 6)
@@ -65,6 +65,7 @@ def test_padding_has_no_say_in_the_gates() -> None:
         found = router(features, mask)
         torch.testing.assert_close(found[0], router(features[:1])[0])
         torch.testing.assert_close(found[1], router(features[1:, :2])[0])
-        torch.testing.assert_close(router(features.reshape(10, 4), mask), found)
+        flat = Flow(mask=mask, batch=2).tokens(features.reshape(10, 4), "up.weight")
+        torch.testing.assert_close(router(flat, mask), found)
         per_token = torch.stack([router(features[:1, t]) for t in range(5)]).mean(0)
         torch.testing.assert_close(found[:1], per_token)

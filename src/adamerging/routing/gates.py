@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .rows import by_sample, samples_in
+
 
 @dataclass
 class Flow:
@@ -18,10 +20,24 @@ class Flow:
     Attributes:
         active: whether samples are routed; otherwise every layer is the plain one.
         mask: ``(B, T)``, which tokens are no padding, of the pass that runs; None where none was given.
+        batch: how many samples the pass that runs is on; None where the model itself was not called.
     """
 
     active: bool = True
     mask: Tensor | None = None
+    batch: int | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a model is called on, before it runs."""
+        self.mask, self.batch = mask_in(module, args, kwargs), samples_in(args, kwargs)
+
+    def end(self, *_: Any) -> None:
+        """Forget it: parts may be called by themselves."""
+        self.mask = self.batch = None
+
+    def tokens(self, features: Tensor, where: str) -> Tensor:
+        """Features in the pass that runs as ``(B, T, D)``. Arguments and errors as of `rows.by_sample`."""
+        return by_sample(features, self.batch or len(features), where)
 
 
 @dataclass
@@ -64,20 +80,14 @@ class Router(nn.Module):
         """Gates ``(B, K)``.
 
         Args:
-            features: ``(B, T, D)``, ``(B, ..., D)`` or ``(B, D)``; ``(B · T, D)`` where a mask tells B and T.
+            features: ``(B, T, D)``, or ``(B, D)`` where each sample is one token.
             mask: ``(B, T)``, which tokens count; all when None, or when it is no mask of these tokens.
         """
+        tokens = features if features.ndim > 2 else features[:, None]
         # The second layer is linear: the mean of its outputs is its output for the mean, and that is cheaper.
-        hidden = self.first(tokens_of(features, mask)).relu()
+        hidden = self.first(tokens).relu()
         gates: Tensor = self.second(mean_over_tokens(hidden, mask))
         return gates
-
-
-def tokens_of(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Features as ``(B, T, D)``; of ``(B · T, D)`` a mask tells B and T."""
-    if mask is not None and features.ndim == 2 and len(features) == mask.numel() != len(mask):
-        return features.view(*mask.shape, -1)
-    return features.reshape(len(features), -1, features.shape[-1])
 
 
 def mean_over_tokens(features: Tensor, mask: Tensor | None) -> Tensor:

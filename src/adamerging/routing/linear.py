@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .fastpath import call_parts
 from .gates import Gate, Router
 from .mixing import mixed_linear
+from .rows import by_sample
 
 
 class Routed(nn.Module):
@@ -16,11 +21,12 @@ class Routed(nn.Module):
     Args:
         plain: the map it stands for, which runs instead while routing is off.
         gate: that it asks for the weights of the experts.
+        name: of its weight, for messages.
     """
 
-    def __init__(self, plain: nn.Module, gate: Gate) -> None:
+    def __init__(self, plain: nn.Module, gate: Gate, name: str) -> None:
         super().__init__()
-        self.plain, self.gate = plain, gate
+        self.plain, self.gate, self.name = plain, gate, name
         self.turned = isinstance(plain, Conv1D)
 
     @property
@@ -36,6 +42,26 @@ class Routed(nn.Module):
         return found
 
 
+def put_in(module: nn.Module, routed: Mapping[int, Routed]) -> ExitStack:
+    """Put routed maps into a module in the place of the plain ones.
+
+    Args:
+        module: a task's model.
+        routed: what stands for a map, by the map's id.
+
+    Returns:
+        What takes them out again when it is closed.
+    """
+    undo = ExitStack()
+    undo.callback(call_parts(module))
+    for parent in list(module.modules()):
+        for leaf, part in list(parent._modules.items()):
+            if part is not None and id(part) in routed and not isinstance(parent, Routed):
+                parent._modules[leaf] = routed[id(part)]
+                undo.callback(parent._modules.__setitem__, leaf, part)
+    return undo
+
+
 class RoutedLinear(Routed):
     """A linear map with weights of its own for every sample: base + Σ_t gate_t · change_t.
 
@@ -44,6 +70,7 @@ class RoutedLinear(Routed):
         base: weight, and bias where there is one.
         change: ``(K, *shape)`` of each.
         gate: of its site.
+        name: of its weight, for messages.
         router: that sets the gate, where this map is the first of its site.
     """
 
@@ -53,27 +80,30 @@ class RoutedLinear(Routed):
         base: tuple[nn.Parameter, nn.Parameter | None],
         change: tuple[nn.Parameter, nn.Parameter | None],
         gate: Gate,
+        name: str,
         router: Router | None = None,
     ) -> None:
-        super().__init__(plain, gate)
+        super().__init__(plain, gate, name)
         self.router = router
         self.base_weight, self.base_bias = base
         self.change_weight, self.change_bias = change
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, ..., I) → (B, ..., O)``."""
-        if not self.gate.flow.active:
+        """``(B, ..., I) → (B, ..., O)``. Raises as `rows.by_sample`."""
+        flow = self.gate.flow
+        if not flow.active:
             plain: Tensor = self.plain(x)
             return plain
         kind = x.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with torch.autocast(kind, enabled=False):
             if self.router is not None:
-                self.gate.values = self.router(x.to(self.base_weight.dtype), self.gate.flow.mask)
+                tokens = flow.tokens(x, self.name)
+                self.gate.values = self.router(tokens.to(self.base_weight.dtype), flow.mask)
             gates = self.gate.values
             assert gates is not None, "the first map of a site sets its gates"
             dtype = low or self.base_weight.dtype
-            rows = x.reshape(len(gates), -1, x.shape[-1]).to(dtype)
+            rows = by_sample(x, len(gates), self.name).to(dtype)
             found = mixed_linear(rows, gates.to(dtype), self.base_weight, self.change_weight, self.turned)
             if self.base_bias is not None and self.change_bias is not None:
                 found = found + (self.base_bias + gates @ self.change_bias).to(dtype)[:, None]

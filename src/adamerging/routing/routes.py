@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from .gates import Flow, Gate, Router, mask_in
-from .linear import RoutedLinear
+from .gates import Flow, Gate, Router
+from .linear import Routed, RoutedLinear, put_in
 from .sites import Site, linear_maps
 
 
@@ -94,7 +93,7 @@ class Routes:
         lacking = [w for site in self.sites for w, _ in site.maps if w not in maps]
         if lacking:
             raise WeightsError(f"{label} lacks linear maps that are routed: {', '.join(lacking[:5])}")
-        routed: dict[int, RoutedLinear] = {}
+        routed: dict[int, Routed] = {}
         for site, gate, router in zip(self.sites, self.gates, self.routers, strict=True):
             for number, pair in enumerate(site.maps):
                 plain = maps[pair[0]]
@@ -103,26 +102,13 @@ class Routes:
                     _of(self.base, pair),
                     _of(self.changes, pair),
                     gate,
+                    pair[0],
                     router if number == 0 else None,
                 ).eval()
-        replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        for parent in list(module.modules()):
-            for leaf, part in list(parent._modules.items()):
-                if part is not None and id(part) in routed and not isinstance(parent, RoutedLinear):
-                    parent._modules[leaf] = routed[id(part)]
-                    replaced.append((parent, leaf, part))
-        handle = module.register_forward_pre_hook(self._watch, with_kwargs=True)
-
-        def remove() -> None:
-            handle.remove()
-            for parent, leaf, part in replaced:
-                parent._modules[leaf] = part
-
-        return remove
-
-    def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note which tokens of the batch that comes are no padding."""
-        self.flow.mask = mask_in(module, args, kwargs)
+        undo = put_in(module, routed)
+        undo.callback(module.register_forward_pre_hook(self.flow.begin, with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(self.flow.end, always_call=True).remove)
+        return undo.close
 
 
 def _of(

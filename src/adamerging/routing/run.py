@@ -118,7 +118,7 @@ def score_routed(routed: RoutedSession, state: State, say: Say) -> dict[str, Any
 
     def refresh() -> None:
         if estimated:
-            estimate_statistics(learners, body.device, 16)
+            estimate_statistics(learners, body, 16)
 
     def base() -> None:
         flow.active = False

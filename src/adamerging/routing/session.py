@@ -19,6 +19,7 @@ from ..adaptation.state import State
 from ..adaptation.store import VectorStore
 from ..plan import Entry
 from .routes import Routes, make_routes
+from .rows import check_samples_first
 from .settings import TwinOptions, route_options
 from .sites import Site, find_sites, input_width, linear_maps
 from .store import Routers
@@ -84,7 +85,8 @@ def route(session: Session) -> RoutedSession:
         session: as `adaptation.session.begin` makes it, with ``settings.route``.
 
     Raises:
-        UsageError: unknown options, or nothing is found to route.
+        UsageError: unknown options, nothing is found to route, or a model whose batches are laid out in
+            another way.
     """
     settings, vectors, body = session.settings, session.prepared.vectors, session.body
     assert settings.route is not None
@@ -103,6 +105,10 @@ def route(session: Session) -> RoutedSession:
         first.module, names, run, store.entries(), vectors.places, options.maps if twin else options.mlp,
         attention=twin,
     )  # fmt: skip
+    for learner in session.learners:
+        found = linear_maps(learner.module, names)
+        routed_maps = {weight: found[weight] for site in sites for weight, _ in site.maps if weight in found}
+        check_samples_first(learner, routed_maps, body.device)
     values = start_values(session)
 
     def start() -> None:

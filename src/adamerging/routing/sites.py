@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..blocks import Place
 from ..errors import UsageError
 from ..plan import Entry
+from .fastpath import parts_called
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _WEIGHT = ".weight"
@@ -149,7 +150,9 @@ def find_sites(
                 f"an expert changed; there are {_some(sorted(changed & set(maps)))}"
             )
     groups: dict[str, list[str]] = {}
-    for name in order_of_running({name: maps[name] for name in chosen}, run):
+    with parts_called(module):
+        order = order_of_running({name: maps[name] for name in chosen}, run)
+    for name in order:
         groups.setdefault(places[name].block or name.removesuffix(_WEIGHT), []).append(name)
     if patterns is None and not attention:  # a lone linear map is no MLP
         groups = {block: weights for block, weights in groups.items() if len(weights) > 1}

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..methods.spectral import leading
-from .gates import Flow, Gate, Router, mask_in, mean_over_tokens, tokens_of
-from .linear import Routed
+from .fastpath import parts_called
+from .gates import Flow, Gate, Router, mean_over_tokens
+from .linear import Routed, put_in
+from .rows import by_sample
 from .sites import Site, linear_maps
 
 LEFT, RIGHT = ".left", ".right"
@@ -48,21 +50,22 @@ class FactoredLinear(Routed):
         plain: the shared map.
         change: the differences.
         gate: of the model.
+        name: of its weight, for messages.
     """
 
-    def __init__(self, plain: nn.Module, change: Factored, gate: Gate) -> None:
-        super().__init__(plain, gate)
+    def __init__(self, plain: nn.Module, change: Factored, gate: Gate, name: str) -> None:
+        super().__init__(plain, gate, name)
         self.left, self.right, self.change_bias = change.left, change.right, change.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, ..., I) → (B, ..., O)``."""
+        """``(B, ..., I) → (B, ..., O)``. Raises as `rows.by_sample`."""
         shared: Tensor = self.plain(x)
         if not self.gate.flow.active:
             return shared
         gates = self.gate.values
         assert gates is not None, "the model decides before its layers run"
         first, second = (self.left.mT, self.right.mT) if self.turned else (self.right, self.left)
-        rows = x.reshape(len(gates), -1, x.shape[-1])
+        rows = by_sample(x, len(gates), self.name)
         inner = rows @ first.flatten(0, 1).T  # (B, T, K · r)
         inner = inner * gates.repeat_interleave(first.shape[1], 1).to(inner.dtype)[:, None]
         change = inner @ second.mT.flatten(0, 1)
@@ -149,27 +152,16 @@ class TwinRoutes:
         lacking = [w for site in self.sites for w, _ in site.maps if w not in maps]
         if lacking:
             raise WeightsError(f"{label} lacks linear maps that are routed: {', '.join(lacking[:5])}")
-        routed = {
-            id(maps[weight]): FactoredLinear(maps[weight], self.changes[weight], self.gates[0]).eval()
+        routed: dict[int, Routed] = {
+            id(maps[weight]): FactoredLinear(maps[weight], self.changes[weight], self.gates[0], weight).eval()
             for site in self.sites
             for weight, _ in site.maps
         }
-        replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        for parent in list(module.modules()):
-            for leaf, part in list(parent._modules.items()):
-                if part is not None and id(part) in routed:
-                    parent._modules[leaf] = routed[id(part)]
-                    replaced.append((parent, leaf, part))
-        handle = module.register_forward_pre_hook(
-            partial(self._decide, self.block_in(module)), with_kwargs=True
-        )
-
-        def remove() -> None:
-            handle.remove()
-            for parent, leaf, part in replaced:
-                parent._modules[leaf] = part
-
-        return remove
+        undo = put_in(module, routed)
+        decide = partial(self._decide, self.block_in(module))
+        undo.callback(module.register_forward_pre_hook(decide, with_kwargs=True).remove)
+        undo.callback(module.register_forward_hook(self.flow.end, always_call=True).remove)
+        return undo.close
 
     def block_in(self, module: nn.Module) -> str:
         """Path of the block, in a module with routed maps, whose output are the features."""
@@ -179,7 +171,7 @@ class TwinRoutes:
 
     def _decide(self, block: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Weigh the experts for the batch that comes, by a pass of the shared model."""
-        self.flow.mask = mask_in(module, args, kwargs)
+        self.flow.begin(module, args, kwargs)
         if not self.flow.active:
             return
         with torch.no_grad():
@@ -209,12 +201,13 @@ def looking(module: nn.Module, block: str, flow: Flow) -> Iterator[list[Tensor]]
     def take(part: nn.Module, args: Any, output: Any) -> None:
         del part, args
         hidden = output[0] if isinstance(output, (tuple, list)) else output
-        found.append(mean_over_tokens(tokens_of(hidden, flow.mask), flow.mask))
+        found.append(mean_over_tokens(flow.tokens(hidden, block), flow.mask))
 
     active, handle = flow.active, module.get_submodule(block).register_forward_hook(take)
     flow.active = False
     try:
-        yield found
+        with parts_called(module):  # with a whole tensor from each
+            yield found
     finally:
         handle.remove()
         flow.active = active

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..adaptation.loop import InterruptedRun, Learner, NonFiniteLossError, autocast, make_optimizer, rate_at
+from ..adaptation.batchnorm import reestimated
+from ..adaptation.loop import (
+    InterruptedRun,
+    Learner,
+    NonFiniteLossError,
+    autocast,
+    estimate_statistics,
+    make_optimizer,
+    rate_at,
+    taken_statistics,
+)
 from ..adaptation.session import Session
 from ..adaptation.state import State
 from ..adaptation.store import VectorStore
@@ -23,6 +33,8 @@ from .twin import LEFT, RIGHT, TwinRoutes, block_of, compress, looking, make_twi
 
 ROWS = 32
 """Inputs in one pass that looks at features."""
+ROUNDS = 16
+"""Batches of every task that BatchNorm statistics are estimated on."""
 
 
 def twin_routes(
@@ -86,14 +98,24 @@ def learn_domains(
 ) -> State:
     """Teach the router whose task an input is of. The body is the shared model; no label of a task is used.
 
+    BatchNorm statistics are common to both passes, of the shared model and of the mixed one. They are
+    estimated over both: before features are looked at, and again with the learned router.
+
     Raises:
         NonFiniteLossError: the loss is not finite.
         InterruptedRun: Ctrl-C; nothing is kept, the run is short.
     """
     settings = session.settings
     routers = session.parametrisation
+    estimated = reestimated(settings, session.prepared.plan)
+
+    def look() -> list[_Seen]:
+        if estimated:
+            estimate_statistics(session.learners, session.body, ROUNDS)
+        return [_look(session, routes, learner) for learner in session.learners]
+
     try:
-        seen = [_look(session, routes, learner) for learner in session.learners]
+        seen = look()
         values = routers.first().to(routes.router.first.weight.dtype).requires_grad_(True)
         optimizer = make_optimizer(settings, values)
         history: list[dict[str, Any]] = []
@@ -122,10 +144,12 @@ def learn_domains(
             history.append(record)
             callback({**record, "steps": settings.steps, "objective": "domains"})
         routers.materialise({}, values.detach())
+        seen = look() if estimated else seen
         history.append({"step": settings.steps, "domains": _right(session, routes, seen)})
     except KeyboardInterrupt:
         raise InterruptedRun("stopped while the router was learned; nothing of it is kept") from None
-    return State(settings.steps, values.detach(), history=history)
+    statistics = taken_statistics(session.body) if estimated else {}
+    return State(settings.steps, values.detach(), statistics=statistics, history=history)
 
 
 def _look(session: Session, routes: TwinRoutes, learner: Learner) -> _Seen:
