@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from adamerging import UsageError, load_recipe
+from adamerging.finetuning import load_finetune_recipe
 from adamerging.recipe import Recipe, Settings, make_recipe, override
 from adamerging.validation import make
 
@@ -135,6 +136,21 @@ def test_a_new_folder_with_a_slash_is_beside_the_recipe_too(tmp_path: Path) -> N
     assert load(tmp_path, "base: org/b\nexperts: {a: org/a}\nout: runs/one\n").out == str(
         tmp_path / "runs/one"
     )
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "a.npz").write_bytes(b"")
+    text = "base: ~/base\nout: ~/merged\nexperts: {a: ~/a, b: ~/store#b}\n"
+    recipe = load(tmp_path, text + "tasks: {a: {adapt: '~/a.npz:val', evaluate: ~/a.npz}}\n")
+    home = str(tmp_path / "home")
+    assert (recipe.base, recipe.out) == (f"{home}/base", f"{home}/merged")
+    assert [expert.path for expert in recipe.experts.values()] == [f"{home}/a", f"{home}/store#b"]
+    assert (recipe.tasks["a"].adapt, recipe.tasks["a"].evaluate) == (f"{home}/a.npz:val", f"{home}/a.npz")
+    (tmp_path / "train.yaml").write_text("base: ~/base\nout: ~/experts\ntasks: {a: {train: x, val: y}}\n")
+    training = load_finetune_recipe(tmp_path / "train.yaml")
+    assert (training.base, training.out) == (f"{home}/base", f"{home}/experts")
 
 
 def test_weights_with_the_experts() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from adamerging.recipe import load_recipe
 from adamerging.suites import files
 from adamerging.suites.files import fill, load_suite
 from adamerging.tasks.prompts import fill_templates, read_prompts
@@ -52,9 +53,33 @@ def test_base_experts_and_data_are_the_hubs(name: str, model: str, tmp_path: Pat
     assert svhn["evaluate"] == svhn["adapt"] == "ufldl-stanford/svhn[cropped_digits]:test"
     assert Path(svhn["prompts"]).is_file()
     assert filled.compare["compare"]["unseen"]["leave_out"] == [["eurosat", "mnist"], ["resisc45", "svhn"]]
+    few = [fill(load_suite(name), data=None, out=tmp_path, tasks=tasks).compare["compare"]["unseen"]
+           for tasks in (["eurosat", "mnist"], ["eurosat", "mnist", "dtd"])]  # fmt: skip
+    assert [each["leave_out"] for each in few] == [None, [["eurosat", "mnist"]]]
     apart = fill(load_suite(name), data=None, out=tmp_path, values={"split": "train"})
     assert apart.merge["tasks"]["dtd"]["adapt"] == "tanganke/dtd:train"
     assert apart.merge["tasks"]["dtd"]["evaluate"] == "tanganke/dtd:test"
+
+
+def test_set_takes_paths_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/b/base", "a/b/images", "a/prompts", "train"):
+        (tmp_path / folder).mkdir(parents=True)
+    values = {"base": "a/b/base", "expert": "a/b/clip_${task}", "images": "a/b/images/${task}",
+              "prompts": "./a/prompts", "split": "train"}  # fmt: skip
+    filled = fill(load_suite("clip8"), data=None, out=tmp_path / "out", tasks=["dtd"], values=values)
+    recipe = load_recipe(filled.write(tmp_path / "out")["compare"])
+    spec = recipe.tasks["dtd"]
+    assert recipe.base == str(tmp_path / "a/b/base")
+    assert recipe.experts["dtd"].path == str(tmp_path / "a/b/clip_dtd")
+    assert (spec.adapt, spec.evaluate) == (
+        f"{tmp_path}/a/b/images/dtd:train", f"{tmp_path}/a/b/images/dtd:test",
+    )  # fmt: skip
+    assert spec.prompts == f"{tmp_path}/a/prompts/dtd.yaml"
+    others = {"base": "org/clip", "expert": "org/clip_${task}", "images": "org/${task}"}
+    hub = fill(load_suite("clip8"), data=None, out=tmp_path, tasks=["dtd"], values=others).merge
+    assert (hub["base"], hub["experts"]["dtd"]) == ("org/clip", "org/clip_dtd")
+    assert hub["tasks"]["dtd"]["adapt"] == "org/dtd:test"
 
 
 def test_the_corruptions_are_the_papers(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
+import importlib.util
 import json
 import urllib.request
 from collections.abc import Callable
@@ -198,9 +200,27 @@ def test_tables_are_run_each_into_a_folder_of_its_own(cli: Cli, data: Path, made
     assert [(row.label, row.transductive) for row in learned] == [("small ties", False), ("short", True)]
     assert learned[0].settings["scale"] == 0.1
     assert {score.samples for score in learned[1].scores} == {5}
-    again = cli(*words, "few", "--json")
+    again = cli(*words, "few", "--threads", "1", "--json")
     assert "6 rows, 6 of them kept" in again.err
     assert json.loads(again.out)["compare-few"]["complete"]
+    settings = load_run(made / "compare-few").comparison.settings
+    assert settings["recipe"]["threads"] == 1 and "--threads 1" in settings["command"]
+
+
+def test_a_report_is_drawn_of_each_table(
+    cli: Cli, data: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["suite", "toy", "--data", data, "--out", made, "--stage", "compare", "--table", "few"]
+    with monkeypatch.context() as bare:
+        bare.setattr(importlib.util, "find_spec", lambda name: None)
+        without = cli(*words)
+    assert without.code == 0, without.err
+    assert f"adamerging report {made}/compare-few makes a page" in " ".join(without.err.split())
+    assert not (made / "compare-few" / "report.html").exists()
+    pytest.importorskip("matplotlib")
+    found = json.loads(cli(*words, "--json").out)["compare-few"]
+    assert Path(found["report"]) == made / "compare-few" / "report.html"
+    assert Path(found["report"]).is_file()
 
 
 @pytest.mark.usefixtures("toy")
@@ -254,3 +274,18 @@ def test_a_missing_file_is_fetched_and_checked(tmp_path: Path, monkeypatch: pyte
         assert problem in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["a.bin", "meta.json"]
     assert not (tmp_path / "d.bin").exists()
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b"abc", 9), http.client.InvalidURL("a blank")])
+def test_a_download_that_breaks_off_is_a_problem_of_its_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(url: str, timeout: float) -> None:
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", broken)
+    about = {"files": {"a.bin": {"sha256": "0", "url": "https://example.org/a"}}}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "meta.json").write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(UsageError, match="https://example.org/a cannot be fetched"):
+        suite_data.ensure(tmp_path, ["set"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from adamerging.errors import UsageError
+from adamerging.finetuning.learner import classes_of
 from adamerging.tasks.data import Fields, read_samples, read_task_data, refuse_overlap, sample_digest
 from adamerging.tasks.labels import NamedLabels
 from adamerging.tasks.module import module_task
+from adamerging.tasks.task import Samples
 
+ZIPPED = gzip.compress(b"".join(b'{"text": "text %d"}\n' % number for number in range(99)))
 TEXTS = ["how far is the moon", "who wrote it", 'a "quoted", text', "Grüße\nto all"]
 LABELS = [2, 0, 1, 1]
 
@@ -37,8 +41,6 @@ def write_json(folder: Path) -> Path:
 
 
 def write_csv(folder: Path) -> Path:
-    import csv
-
     path = folder / "data.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("label", "text"), *zip(LABELS, TEXTS, strict=True)])
@@ -140,6 +142,101 @@ def test_image_folders_flat_and_by_class(tmp_path: Path) -> None:
     assert len(flat) == 2
 
 
+def labels_by_folder(root: Path, folders: list[str], label_names: list[str] | None = None) -> Any:
+    for name in folders:
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").write_bytes(name.encode())
+    return read_samples(root, "image", label_names=label_names).labels
+
+
+def test_folders_that_count_from_zero_keep_their_number_and_others_are_names(tmp_path: Path) -> None:
+    by_text = [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert labels_by_folder(tmp_path / "a", [str(number) for number in range(12)]) == by_text
+    assert labels_by_folder(tmp_path / "b", [f"{number:05}" for number in range(12)]) == list(range(12))
+    limits = labels_by_folder(tmp_path / "c", ["100", "20", "50"])
+    assert isinstance(limits, NamedLabels)
+    assert classes_of(Samples([], limits, "", "")) == ["100", "20", "50"]
+    limits.settle(["20", "50", "100"])
+    assert list(limits) == [2, 0, 1]
+    assert labels_by_folder(tmp_path / "d", ["100", "20"], ["20", "50", "100"]) == [2, 0]
+    assert labels_by_folder(tmp_path / "e", ["1", "3"], ["cat", "dog", "ant", "bee"]) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "numbers"),
+    [
+        (["20", "50", "30"], ["20", "30", "50"], [0, 2, 1]),
+        (["2", "1"], ["1", "2", "3"], [1, 0]),
+        (["2", "0"], ["a", "b", "c"], [2, 0]),
+        (["2", "0"], None, [2, 0]),
+        ([2, 0], ["2", "0", "1"], [2, 0]),
+    ],
+)
+def test_numbers_written_as_text_are_names_where_all_are_among_the_names(
+    labels: list[Any], names: list[str] | None, numbers: list[int]
+) -> None:
+    rows = {"text": ["x"] * len(labels), "label": labels}
+    assert read_samples(rows, "text", label_names=names).labels == numbers
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "label,text\n2,hello\n"),
+        ("a.jsonl", '{"label": 2, "text": "hello"}\n'),
+        ("a.json", '[{"label": 2, "text": "hello"}]'),
+        ("a.jsonl.gz", '{"label": 2, "text": "hello"}\n'),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_name(name: str, content: str, tmp_path: Path) -> None:
+    data = content.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    samples = read_samples(tmp_path / name, "text")
+    assert (samples.inputs, samples.labels) == (["hello"], [2])
+
+
+def test_a_long_text_in_a_table_is_read_whole(tmp_path: Path) -> None:
+    text, limit = "word " * 30_000, csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"text,label\n{text},1\n", encoding="utf-8")
+    assert read_samples(tmp_path / "a.csv", "text").inputs == [text]
+    assert csv.field_size_limit() == limit
+
+
+def write_pictures(folder: Path, shade: int) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (folder / "pics").mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        image.new("L", (4, 4), shade + ord(name)).save(folder / "pics" / f"{name}.png")
+
+
+def test_image_files_named_in_a_table_lie_beside_it_and_count_by_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path, 0)
+    table = tmp_path / "set.csv"
+    table.write_text("path,label\npics/a.png,0\npics/b.png,1\n", encoding="utf-8")
+    read = read_samples(table, "image")
+    paths = [tmp_path / "pics" / "a.png", tmp_path / "pics" / "b.png"]
+    assert read.inputs == paths
+    assert read.fingerprint == read_samples({"image": paths, "label": [0, 1]}, "image").fingerprint
+    write_pictures(tmp_path, 1)
+    assert read_samples(table, "image").fingerprint != read.fingerprint
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tables").mkdir()
+    moved = table.rename(tmp_path / "tables" / "set.csv")
+    assert read_samples(moved, "image").inputs == [Path("pics/a.png"), Path("pics/b.png")]
+
+
+@pytest.mark.parametrize("name", ["pics/gone.png", "/pics/gone.png", "", "x" * 5000])
+def test_image_files_that_are_not_there_are_counted(name: str, tmp_path: Path) -> None:
+    write_pictures(tmp_path, 0)
+    (tmp_path / "set.csv").write_text(f"path,label\npics/a.png,0\n{name},1\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="1 of 2 image files do not exist in .* of sample 1"):
+        read_samples(tmp_path / "set.csv", "image")
+    with pytest.raises(UsageError, match="1 of 1 image files do not exist in the working directory"):
+        read_samples([Path("no/such.png")], "image")
+
+
 def test_pairs_of_texts() -> None:
     rows = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 1]}
     assert read_samples(rows, "text").inputs == [("a", "c"), ("b", "d")]
@@ -204,6 +301,10 @@ def test_a_missing_field_is_named_with_those_present() -> None:
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.npz", b"nothing", "not a readable npz"),
         ("a.jsonl.gz", b"not gzip", "cannot read"),
+        ("a.jsonl.gz", ZIPPED[:-12], "cannot read .*ended before"),
+        ("a.jsonl.gz", ZIPPED[:20] + bytes(20) + ZIPPED[40:], "cannot read .*decompressing"),
+        ("a.json", b'{"version": 1, "data": [{"text": "a"}]}', "'version' must hold a list.*FILE.json:KEY"),
+        ("a.json", b'{"text": "a"}', "'text' must hold a list"),
         ("a.xml", b"<a/>", "no known format"),
     ],
 )

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adamerging.errors import UsageError, WeightsError
+from adamerging.finetuning import text_logits
 from adamerging.tasks import embedding_text_task, text_task
+from adamerging.tasks.text_classification import Tokenised
 from adamerging.weights import open_weights
 from models import WORDS, save_expert
 from tiny_tasks import save_adapter, save_encoder_expert, save_text_base, save_tokenizer
@@ -111,6 +113,27 @@ def test_max_length_is_the_callers_else_the_training_runs(expert: Path, base: Pa
     task = text_task("trained")
     task.skeleton(*opened(trained, base))
     assert task.collate([long])["input_ids"].shape == (1, 9)
+
+
+def test_no_more_tokens_are_kept_than_the_model_has_positions_for(expert: Path, base: Path) -> None:
+    with pytest.raises(UsageError, match=r"'trec': max_length \(=33\) is more than the 32 tokens"):
+        text_task("trec", max_length=33).skeleton(*opened(expert, base))
+    weights, own = opened(expert, base)
+    texts = Tokenised("trec", None, 128)  # as a training's default
+    module = text_task("trec").skeleton(weights, own)
+    assert texts.bind(weights, own, module) == 32
+    assert texts.collate([" ".join(["word1"] * 100)])["input_ids"].shape == (1, 32)
+    del module.bert.embeddings.position_embeddings  # as of models that count positions without a table
+    assert texts.bind(weights, own, module) == 128
+
+
+def test_logits_of_a_folder_are_of_the_tokens_it_was_trained_with(base: Path, tmp_path: Path) -> None:
+    trained = save_tokenizer(save_expert(tmp_path / "trained", base, seed=2), WORDS)
+    (trained / "finetune.json").write_text(json.dumps({"settings": {"max_length": 9}}))
+    texts = [" ".join(f"word{number}" for number in range(1, 30))]
+    found = text_logits(trained, texts)
+    assert torch.equal(found, text_logits(trained, texts, max_length=9))
+    assert not torch.equal(found, text_logits(trained, texts, max_length=20))
 
 
 def test_pairs_are_told_apart_by_their_token_types(expert: Path, base: Path) -> None:

@@ -92,7 +92,7 @@ def compare(
             loaded, out=folder, say=say, on_plan=None if plain else lambda plan: show.note(str(plan)),
             command=command_of(recipe, folder, given), **changes,
         )  # fmt: skip
-        page = None if no_report else _page(folder, say)
+        page = None if no_report else draw_report(folder, say)
     _print(found, folder, page, form, as_json)
 
 
@@ -110,8 +110,8 @@ def command_of(recipe: Path, out: Path, given: Mapping[str, Any]) -> str:
     return shlex.join([*words, "--out", str(out)])
 
 
-def _page(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The report of the records; None without the drawing library."""
+def draw_report(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The page that is drawn of a folder's records; None without the drawing library."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
@@ -186,10 +186,16 @@ def _print(found: Comparison, folder: Path, page: Path | None, form: Format, as_
     print_run(Run(found), form)
     if form is not Format.table:
         return
-    said = f"adamerging report {shown(folder)} makes a page of them"
-    if page is not None:
-        said = f"the report is {shown(page)}"
-    show.note(f"the records are in {shown(folder)}; {said}")
+    show.note(whereabouts(folder, page))
+
+
+def whereabouts(folder: Path, page: Path | None) -> str:
+    """Where the records are, and their report or what draws one."""
+    from ..report.load import shown
+
+    makes = f"adamerging report {shown(folder)} makes a page of them"
+    said = makes if page is None else f"the report is {shown(page)}"
+    return f"the records are in {shown(folder)}; {said}"
 
 
 def print_run(run: Any, form: Format) -> None:

@@ -111,15 +111,16 @@ def suite(
     if Stage.compare in stages and dry_run:
         found["tables"] = _listed(filled, tables, folder, as_json)
     elif Stage.compare in stages:
-        given: list[tuple[str, Path | str | None]] = [
+        given: list[tuple[str, Path | str | int | None]] = [
             ("--data", data),
             ("--out", out),
             ("--tasks", tasks),
+            ("--threads", threads),
             *(("--set", each) for each in values or []),
         ]
         for one in tables:
             command = _command(name, [("--table", one), *given])
-            found[files.comparison(one)] = _compare(folder, files.comparison(one), command, as_json)
+            found[files.comparison(one)] = _compare(folder, files.comparison(one), threads, command, as_json)
     if as_json:
         show.print_json(found)
 
@@ -216,7 +217,7 @@ def _listed(filled: Filled, tables: Sequence[str], folder: Path, as_json: bool) 
     return found
 
 
-def _command(name: str, options: Sequence[tuple[str, Path | str | None]]) -> str:
+def _command(name: str, options: Sequence[tuple[str, Path | str | int | None]]) -> str:
     """What to type to run a comparison again; options without a value were not given."""
     words = ["adamerging", "suite", name, "--stage", "compare"]
     for option, value in options:
@@ -328,18 +329,23 @@ def _merge(
     return {"out": str(out), "status": "merged", "scores": result.record.get("scores")}
 
 
-def _compare(folder: Path, name: str, command: str, as_json: bool) -> dict[str, Any]:
-    """One comparison, by the recipe of its name, into a folder of its own."""
+def _compare(folder: Path, name: str, threads: int | None, command: str, as_json: bool) -> dict[str, Any]:
+    """One comparison, by the recipe of its name, into a folder of its own, and its report."""
     from ..evaluation.compare import compare
     from ..recipe import load_recipe
-    from .compare import progress
+    from .compare import draw_report, progress, whereabouts
 
     out = folder / name
+    recipe = load_recipe(folder / f"{name}.yaml", flags.given(threads=threads))
     with progress() as say:
         found = compare(
-            load_recipe(folder / f"{name}.yaml"), out=out, say=say,
-            on_plan=lambda plan: show.note(f"{out}: {plan}"), command=command,
-        )  # fmt: skip
+            recipe, out=out, say=say, on_plan=lambda plan: show.note(f"{out}: {plan}"), command=command
+        )
+        page = draw_report(out, say)
     if not as_json:
-        show.console().print(f"\nCompared {len(found.rows)} models; records in {out}.")
-    return {"out": str(out), "rows": len(found.rows), "complete": found.complete}
+        show.console().print(f"\nCompared {len(found.rows)} models.")
+        show.note(whereabouts(out, page))
+    return {
+        "out": str(out), "report": None if page is None else str(page), "rows": len(found.rows),
+        "complete": found.complete,
+    }  # fmt: skip

@@ -201,7 +201,7 @@ def files_beside(recipe: Path, fields: dict[str, Any]) -> None:
     if isinstance(fields.get("base"), str):
         fields["base"] = local(recipe, fields["base"])
     if isinstance(fields.get("out"), str):
-        fields["out"] = str(recipe.parent / fields["out"])
+        fields["out"] = str(recipe.parent / Path(fields["out"]).expanduser())
     tasks = fields.get("tasks")
     for task in tasks.values() if isinstance(tasks, dict) else ():
         for key in ("train", "val", "test", "label_names"):

@@ -103,16 +103,25 @@ def text_logits(
     texts: Sequence[str],
     *,
     frozen_head: Tensor | None = None,
-    max_length: int = 64,
+    max_length: int | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Logits ``(texts, classes)`` of an expert's folder, in the texts' order; head as in training."""
+    """Logits ``(texts, classes)`` of an expert's folder, in the texts' order; head as in training.
+
+    Args:
+        folder: the expert's.
+        texts: in any order.
+        frozen_head: that the expert was trained under, if it was one.
+        max_length: tokens kept of a text; unset, as for `text_task`: what the folder says that the expert
+            was trained with, else what the model can take.
+        batch_size: texts at a time.
+    """
     opened = open_weights(str(folder))
     samples = read_samples({"text": list(texts)}, "text")
     if frozen_head is None:
-        task = text_task("texts", samples, max_length=max_length)
+        task = text_task("texts", max_length=max_length)
     else:
-        task = embedding_text_task("texts", samples, head=frozen_head, max_length=max_length)
+        task = embedding_text_task("texts", head=frozen_head, max_length=max_length)
     return logits_of(task.skeleton(opened, opened), task, samples, batch_size=batch_size)
 
 

@@ -6,8 +6,8 @@ fetched, their ``url``; and the repository and commit that the data were made fr
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -81,7 +81,7 @@ def _fetch(
     try:
         with urllib.request.urlopen(url, timeout=SECONDS) as answer:  # noqa: S310 - https alone
             content = answer.read()
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         return f"{path} is missing and {url} cannot be fetched ({error}); fetch it elsewhere and put it there"
     try:
         partial.write_bytes(content)

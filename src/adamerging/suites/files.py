@@ -188,7 +188,8 @@ def fill(
         tasks: keep these tasks alone.
         multitask: also train one body on all tasks jointly. A comparison names models made elsewhere only
             where they are there, or will be by this.
-        values: placeholders of the suite's own that get another text.
+        values: placeholders of the suite's own that get another text; paths in them are relative to the
+            working directory.
 
     Raises:
         UsageError: no such task, no such placeholder to change, or a placeholder that stands for nothing.
@@ -197,7 +198,7 @@ def fill(
     _check_asked(suite, tasks or [], multitask, values or {})
     kept = [task for task in suite.data.tasks if not tasks or task in tasks]
     common_words = {"out": str(out.resolve())} | ({} if data is None else {"data": str(data.resolve())})
-    own_words = {**suite.values, **(values or {})}
+    own_words = {**suite.values, **_from_here(values or {}, suite)}
 
     def words(task: str | None) -> dict[str, str]:
         known = common_words if task is None else {**common_words, "task": task}
@@ -274,6 +275,30 @@ def _check_asked(suite: Suite, tasks: Sequence[str], multitask: bool, values: Ma
         raise UsageError(f"the suite {suite.title} trains nothing, so multitask is of no use")
 
 
+def _from_here(values: Mapping[str, str], suite: Suite) -> dict[str, str]:
+    """Texts that replace a suite's own, their paths absolute: the recipes that they go into lie elsewhere.
+
+    A path is what is there, or for each task what may be there: what does not exist is an id of the hub.
+    """
+    sections = suite.model_dump()
+
+    def absolute(text: str) -> str:
+        before, found, _ = text.partition("${task}")
+        there = Path(f"{before}_").expanduser().parent if found else Path(text).expanduser()
+        return str(Path.cwd() / Path(text).expanduser()) if text and there.exists() else text
+
+    return {name: absolute(text) if _leads(name, sections) else text for name, text in values.items()}
+
+
+def _leads(name: str, value: Any) -> bool:
+    """Whether a placeholder begins some text, as a path's does: ``${images}:${split}`` is one of images."""
+    if isinstance(value, dict):
+        return any(_leads(name, each) for each in value.values())
+    if isinstance(value, list):
+        return any(_leads(name, each) for each in value)
+    return isinstance(value, str) and value.startswith(f"${{{name}}}")
+
+
 def _over(general: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with those of the special case in their place; sections, such as `each`, field by field."""
     result = dict(general)
@@ -291,14 +316,17 @@ def _labelled(compare: Mapping[str, Any], main: Mapping[str, Any]) -> dict[str, 
 
 
 def _without(compare: Mapping[str, Any], kept: list[str]) -> dict[str, Any]:
-    """The comparison of some of the tasks: those that were left aside are neither shifted nor left out."""
+    """The comparison of some of the tasks: those that were left aside are neither shifted nor left out.
+
+    Nor is a split left out that would leave nothing to merge.
+    """
     result = dict(compare)
     shift, unseen = compare.get("shift"), compare.get("unseen")
     if shift and shift.get("tasks"):
         left = [task for task in shift["tasks"] if task in kept]
         result["shift"] = {**shift, "tasks": left} if left else None
     if unseen and isinstance(unseen.get("leave_out"), list):
-        splits = [split for split in unseen["leave_out"] if set(split) <= set(kept)]
+        splits = [split for split in unseen["leave_out"] if set(split) < set(kept)]
         result["unseen"] = {**unseen, "leave_out": splits or None}
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .labels import NamedLabels
-from .readers import INPUT, LABEL, PAIR, Columns, read_columns
+from .readers import INPUT, LABEL, PAIR, Columns, Names, folder_of, read_columns
 from .task import Samples, Task
 
 DataKind = Literal["text", "image", "array"]
@@ -88,10 +89,12 @@ def read_samples(
         return _joined([read_samples(each, kind, fields, label_names) for each in source.sources])
     columns, name = read_columns(source)
     fields = fields or Fields()
+    _refuse_no_columns([field for field, column in columns.items() if not _has_length(column)], name)
     if not columns or all(len(column) == 0 for column in columns.values()):
         raise UsageError(f"{name} is empty: it has no samples")
     first, pair, label = _choose(columns, kind, fields, name)
     used = {field: columns[field] for field in (first, pair, label) if field is not None}
+    _refuse_no_columns([f for f, column in used.items() if isinstance(column, str | bytes | Mapping)], name)
     if len({len(column) for column in used.values()}) > 1:
         raise UsageError(
             f"{name}: "
@@ -99,11 +102,13 @@ def read_samples(
             + " values"
         )
     inputs: Any = columns[first]
+    if kind == "image":
+        inputs = _image_files(inputs, folder_of(source), f"{name}, '{first}'")
     check_inputs(inputs, kind, f"{name}, '{first}'")
     if pair is not None:
         check_inputs(columns[pair], kind, f"{name}, '{pair}'")
         inputs = list(zip(inputs, columns[pair], strict=True))
-    labels = None if label is None else _labels(columns[label], f"{name}, '{label}'")
+    labels = None if label is None else _labels(columns[label], f"{name}, '{label}'", label_names)
     if isinstance(labels, NamedLabels) and label_names is not None:
         labels.settle(label_names)
         labels = labels.check()
@@ -210,6 +215,41 @@ def as_array(value: Any) -> np.ndarray[Any, Any]:
 
 
 # --- columns
+
+
+def _has_length(column: Any) -> bool:
+    return hasattr(column, "__len__") and getattr(column, "ndim", 1) > 0
+
+
+def _refuse_no_columns(fields: Sequence[str], name: str) -> None:
+    if fields:
+        raise UsageError(
+            f"{name}: {', '.join(map(repr, fields))} must hold a list, one value a sample. Where one key of "
+            "a JSON file holds all samples, name it: FILE.json:KEY"
+        )
+
+
+def _image_files(inputs: Any, folder: Path | None, where: str) -> Any:
+    """Inputs with a path for each name of an image file: beside the file that names it, else as it is."""
+    if not isinstance(inputs, list | tuple) and not isinstance(inputs[0], str):
+        return inputs  # an array, or a column of a data set, whose images would be decoded to look at them
+    found = [_image_file(value, folder) if isinstance(value, str) else value for value in inputs]
+    files = [index for index, value in enumerate(found) if isinstance(value, Path)]
+    missing = [index for index in files if not os.path.isfile(found[index])]
+    if missing:
+        places = "the working directory" if folder is None else f"{folder} and the working directory"
+        raise UsageError(
+            f"{where}: {len(missing)} of {len(files)} image files do not exist in {places}, "
+            f"the first is '{str(inputs[missing[0]])[:200]}' of sample {missing[0]}"
+        )
+    return found if files else inputs
+
+
+def _image_file(name: str, folder: Path | None) -> Path:
+    path = Path(name).expanduser()
+    beside = path if folder is None else folder / path
+    # os.path takes any text, as an encoded image in the place of a name, where Path raises
+    return beside if os.path.isfile(beside) else path
 
 
 def _choose(
@@ -322,7 +362,8 @@ def _is_encoded(value: Any) -> bool:
 # --- labels
 
 
-def _labels(values: Any, where: str) -> list[int] | NamedLabels | None:
+def _labels(values: Any, where: str, label_names: Sequence[str] | None) -> list[int] | NamedLabels | None:
+    are_names = isinstance(values, Names) and label_names is None
     values = as_array(values).tolist() if hasattr(values, "dtype") else list(values)
     missing = [value is None or value != value for value in values]  # noqa: PLR0124 - NaN
     if all(missing):
@@ -333,7 +374,8 @@ def _labels(values: Any, where: str) -> list[int] | NamedLabels | None:
             f"{where}: {sum(missing)} of {len(values)} labels are missing, the first of sample {first}"
         )
     if all(isinstance(value, str) for value in values):
-        if not all(value.strip().lstrip("-").isdigit() for value in values):
+        known = label_names is not None and set(values) <= set(label_names)
+        if are_names or known or not all(value.strip().lstrip("-").isdecimal() for value in values):
             return NamedLabels(values, where)
         values = [int(value) for value in values]
     values = [value.item() if isinstance(value, np.generic | Tensor) else value for value in values]

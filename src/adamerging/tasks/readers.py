@@ -5,12 +5,14 @@ A file format is one record of `FORMATS`; the first that matches a path reads it
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,15 @@ Columns = Mapping[str, Sequence[Any]]
 INPUT, PAIR, LABEL = "input", "pair", "label"
 """Names of the columns of data that comes without names."""
 
+LONGEST_FIELD = 2**31 - 1
+"""Characters of one value in a table; by default Python's reader stops at 131072."""
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(\[[\w.-]+\])?")
+
+
+class Names(list[str]):
+    """Labels that are names of classes, also those that look like numbers."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,25 @@ def read_columns(source: Any) -> tuple[Columns, str]:
     return _of_rows(_rows(source), name), name
 
 
+def folder_of(source: Any) -> Path | None:
+    """The folder that names of files in a source are relative to; None for one that is no file or folder."""
+    path, _ = _path_and_split(str(source)) if isinstance(source, str | Path) else (None, None)
+    if path is None or not path.exists():
+        return None
+    return path if path.is_dir() else path.parent
+
+
+def _path_and_split(name: str) -> tuple[Path, str | None]:
+    """What a source names, and the split behind its colon; a path with a colon in its name comes first."""
+    path = Path(name).expanduser()
+    if path.exists() or ":" not in name:
+        return path, None
+    before, _, split = name.rpartition(":")
+    return Path(before).expanduser(), split
+
+
 def _read_named(name: str) -> Columns:
-    path, split = Path(name).expanduser(), None
-    if not path.exists() and ":" in name:
-        before, _, split = name.rpartition(":")
-        path = Path(before).expanduser()
+    path, split = _path_and_split(name)
     if path.exists():
         return _read_path(path, split)
     plain = name if split is None else name.rpartition(":")[0]
@@ -86,8 +109,8 @@ def _read_path(path: Path, split: str | None) -> Columns:
         if form.matches(path):
             try:
                 return form.read(path, split)
-            except OSError as error:
-                raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+            except (OSError, EOFError, zlib.error) as error:  # the last two of a compressed file
+                raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
             except UnicodeDecodeError as error:
                 raise UsageError(f"{path} is not UTF-8 text: {error.reason}") from None
     raise UsageError(
@@ -101,9 +124,10 @@ def _without_split(path: Path, split: str | None) -> None:
 
 
 def _text(path: Path) -> io.TextIOBase:
+    """A file's text, without the mark that spreadsheets put before it."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _jsonl(path: Path, split: str | None) -> Columns:
@@ -140,21 +164,38 @@ def _json(path: Path, split: str | None) -> Columns:
 
 def _csv(path: Path, split: str | None) -> Columns:
     _without_split(path, split)
-    with _text(path) as file:
+    with _text(path) as file, _long_fields():
         rows = csv.reader(file, delimiter="\t" if ".tsv" in path.name else ",")
-        header = next(rows, [])
-        if len(set(header)) != len(header):
-            raise UsageError(f"{path}: the first line must name the columns, each differently, got {header}")
-        columns: dict[str, list[str]] = {name: [] for name in header}
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise UsageError(
-                    f"{path}, line {rows.line_num}: {len(row)} values under a header of {len(header)} columns"
-                )
-            for name, value in zip(header, row, strict=True):
-                columns[name].append(value)
+        try:
+            return _of_table(rows, path)
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {rows.line_num}: not readable as a table ({error})") from None
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let `csv`, whose limit holds for the whole process, read values of any length for a while."""
+    before = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _of_table(rows: Any, path: Path) -> Columns:
+    header: list[str] = next(rows, [])
+    if len(set(header)) != len(header):
+        raise UsageError(f"{path}: the first line must name the columns, each differently, got {header}")
+    columns: dict[str, list[str]] = {name: [] for name in header}
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise UsageError(
+                f"{path}, line {rows.line_num}: {len(row)} values under a header of {len(header)} columns"
+            )
+        for name, value in zip(header, row, strict=True):
+            columns[name].append(value)
     return columns
 
 
@@ -222,7 +263,14 @@ def _image_folder(path: Path, split: str | None) -> Columns:
     if not inputs and any(list(folder.glob("*/*.*")) for folder in classes):
         splits = ", ".join(folder.name for folder in classes)
         raise UsageError(f"{root} seems to hold splits ({splits}); name one, as {root}:{classes[0].name}")
-    return {INPUT: inputs, LABEL: [name for name, images in by_class.items() for _ in images]}
+    labels = [name for name, images in by_class.items() for _ in images]
+    return {INPUT: inputs, LABEL: labels if _count_from_zero(by_class) else Names(labels)}
+
+
+def _count_from_zero(names: Iterable[str]) -> bool:
+    """Whether names are the numbers 0, 1, 2, ... without a gap, in whatever order."""
+    found = list(names)
+    return all(name.isdecimal() for name in found) and sorted(map(int, found)) == list(range(len(found)))
 
 
 def _images(folder: Path) -> list[Path]:

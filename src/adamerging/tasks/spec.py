@@ -59,5 +59,6 @@ def beside(folder: Path | None, value: str | None) -> str | None:
     """A path that exists in a folder (a split behind a colon kept), else the value itself."""
     if folder is None or value is None:
         return value
-    plain = value.rpartition(":")[0] if ":" in value and not (folder / value).exists() else value
-    return str(folder / value) if plain and (folder / plain).exists() else value
+    path = folder / Path(value).expanduser()
+    plain = value.rpartition(":")[0] if ":" in value and not path.exists() else value
+    return str(path) if plain and (folder / Path(plain).expanduser()).exists() else value

@@ -57,7 +57,7 @@ def text_task(
     """
     fields = Fields(text_field, label_field, pair_field)
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "text", fields, label_names)
-    texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled))
+    texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled), asked=True)
     settings = _settings("text", max_length, fields)
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
@@ -114,7 +114,7 @@ def embedding_text_task(
     """
     fields = Fields(text_field, label_field)
     unlabeled, labelled = read_task_data(name, adapt, evaluate, "text", fields, label_names)
-    texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled))
+    texts = Tokenised(name, tokenizer, max_length, remember=_count(unlabeled, labelled), asked=True)
     settings = _settings("text_embedding", max_length, fields)
     state = FixedHead()
 
@@ -181,10 +181,13 @@ class Tokenised:
         tokenizer: a tokenizer or a folder with one; found beside the model when None.
         max_length: tokens kept of a text; found when None.
         remember: how many texts to keep the tokens of: those that come again.
+        asked: refuse a max_length that the model has no positions for, instead of keeping what it has.
     """
 
-    def __init__(self, task: str, tokenizer: Any, max_length: int | None, remember: int = 0) -> None:
-        self.task, self.max_length, self.remember = task, max_length, remember
+    def __init__(
+        self, task: str, tokenizer: Any, max_length: int | None, remember: int = 0, asked: bool = False
+    ) -> None:
+        self.task, self.max_length, self.remember, self.asked = task, max_length, remember, asked
         self.given = (
             load_from(transformers.AutoTokenizer, Path(tokenizer)) if _is_path(tokenizer) else tokenizer
         )
@@ -196,11 +199,17 @@ class Tokenised:
 
     def bind(self, expert: Weights, base: Weights, module: Any) -> int:
         """Take the tokenizer that belongs to a model, and check that it does; the tokens kept of a text."""
-        limit = self.max_length or _trained_length(expert, base)
+        limit, most = self.max_length or _trained_length(expert, base), _most_tokens(module)
+        if self.asked and most is not None and self.max_length is not None and self.max_length > most:
+            raise UsageError(
+                f"task '{self.task}': max_length (={self.max_length}) is more than the {most} tokens that "
+                f"{expert.label} has positions for"
+            )
         tokenizer = self.given or (
             self._tokenizer if self._folder == expert.folder and self._folder else tokenizer_of(expert, base)
         )
         limit = limit or _model_length(tokenizer, module.config)
+        limit = limit if most is None else min(limit, most)
         if tokenizer is not self._tokenizer or limit != self._limit:
             self._rows.clear()
             self._recent.clear()
@@ -368,11 +377,23 @@ def _trained_length(expert: Weights, base: Weights) -> int | None:
     return None
 
 
-def _model_length(tokenizer: Any, config: Any) -> int:
+def _positions(config: Any) -> Any:
+    """How many positions a configuration speaks of; None where it does not."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions and re.search("roberta|camembert|mpnet", str(config.model_type)):
         positions -= 2  # their positions count from behind the padding id
-    lengths = [tokenizer.model_max_length, positions]
+    return positions
+
+
+def _most_tokens(module: nn.Module) -> int | None:
+    """The tokens that a model with a table of positions can take; None for one that does without a table."""
+    tables = [name for name, part in module.named_modules() if isinstance(part, nn.Embedding)]
+    bound = any(re.search(r"position|\bwpe$", name) for name in tables)
+    return (_positions(module.config) or None) if bound else None
+
+
+def _model_length(tokenizer: Any, config: Any) -> int:
+    lengths = [tokenizer.model_max_length, _positions(config)]
     return min(
         (int(length) for length in lengths if isinstance(length, int) and 0 < length < 10**6), default=512
     )
