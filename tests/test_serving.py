@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,56 @@ def test_images(images: Path, tmp_path: Path) -> None:
     assert first["vit.layernorm.weight"] is second["vit.layernorm.weight"]
 
 
+def test_images_are_prepared_as_the_expert_prepared_them(tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    base = save_vit(tmp_path / "base")
+    experts = {
+        name: save_vit_expert(tmp_path / name, base, 1, ["x", "y"]) for name in ("own", "same", "none")
+    }
+    ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.1] * 3).save_pretrained(experts["own"])
+    shutil.copy(base / "preprocessor_config.json", experts["same"])
+    merged = tmp_path / "merged"
+    am.merge(base, experts, method="average", out=merged, allow=["unrelated"])
+    assert [path.parent.name for path in merged.glob("heads/*/preprocessor_config.json")] == ["own"]
+    model, found = am.load(merged), {}
+    for name, folder in {"own": experts["own"], "same": base, "none": base}.items():
+        pixels = AutoImageProcessor.from_pretrained(folder)(list(IMAGES), return_tensors="pt")
+        with torch.no_grad():
+            found[name] = model.module(name)(**pixels).logits.softmax(-1)
+        said = torch.tensor([p.probabilities for p in model.predict(name, IMAGES)])
+        assert torch.allclose(said, found[name], atol=1e-6)
+        out = am.export(merged, name, tmp_path / f"{name}-out")
+        (exported,) = out.glob("*processor_config.json")
+        assert exported.read_bytes() == (folder / exported.name).read_bytes()
+    assert not torch.allclose(found["own"], found["same"], atol=1e-3)
+    np.savez(tmp_path / "data.npz", x=IMAGES, y=[0, 1, 0])
+    data = {name: {"kind": "image", "evaluate": str(tmp_path / "data.npz")} for name in found}
+    for score in am.evaluate(merged, data, bootstrap=1).scores:
+        wanted = torch.nn.functional.nll_loss(found[score.task].log(), torch.tensor([0, 1, 0]))
+        assert score.nll == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_texts_go_through_the_tokenizer_that_the_expert_had(tmp_path: Path) -> None:
+    base = save_text_base(tmp_path / "base")
+    experts = {name: save_expert(tmp_path / name, base, seed) for seed, name in enumerate(("own", "same"), 1)}
+    for expert in experts.values():
+        for file in base.glob("*token*"):
+            shutil.copy(file, expert)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (experts["own"] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    merged = tmp_path / "merged"
+    am.merge(base, experts, method="average", out=merged, allow=["unrelated"])
+    assert {path.parent.name for path in merged.glob("heads/*/*token*")} == {"own"}
+    model = am.load(merged)
+    for name in experts:
+        small, large = model.predict(name, ["word1 word2", "WORD1 Word2"])
+        assert (small.probabilities == pytest.approx(large.probabilities)) == (name == "own")
+        out = am.export(merged, name, tmp_path / f"{name}-out")
+        assert (out / "tokenizer.json").read_bytes() == (experts[name] / "tokenizer.json").read_bytes()
+
+
 def test_an_encoder_under_zero_shot_heads(tmp_path: Path) -> None:
     base = save_text_base(tmp_path / "base")
     experts = {
@@ -209,6 +260,16 @@ def test_what_is_no_merge_is_refused(merged: Path, tmp_path: Path) -> None:
         am.load(merged).module("moood")
     with pytest.raises(WeightsError, match="was not written by a merge"):
         am.load(tmp_path)
+
+
+@pytest.mark.parametrize("record", ["[]", '{"experts": 3}', '{"tasks": {"mood": 3}}', "{"])
+def test_a_damaged_record_is_named(merged: Path, tmp_path: Path, record: str) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "merged"))
+    (folder / "run.json").write_text(record)
+    with pytest.raises(
+        WeightsError, match=r"run\.json is (damaged: .* write the folder again|not valid JSON)"
+    ):
+        am.load(folder)
 
 
 def test_predict_at_the_command_line(merged: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

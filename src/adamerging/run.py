@@ -23,6 +23,7 @@ from .norms import OWN, Statistics, as_stored, statistics_of
 from .output.card import hub_id, model_card
 from .output.companions import companions, is_tokenizer, with_dtype
 from .output.folder import RECORD, OutputFolder
+from .output.preparation import own_preparation
 from .output.tensors import TensorWriter, index_json, sharded, write_tensors
 from .plan import Plan, make_plan
 from .recipe import Recipe, Settings
@@ -388,7 +389,9 @@ def head_of(prepared: Prepared, task: str, statistics: Statistics | None = None)
 def write_heads(
     prepared: Prepared, folder: OutputFolder, statistics: Mapping[str, Statistics] | None = None
 ) -> dict[str, str]:
-    """One folder a task: its head's tensors and the expert's configuration; sha256 by file name.
+    """One folder a task: its head's tensors and the expert's configuration; sha256 by file name of weights.
+
+    And the expert's tokenizer or processor, where that is another than the base's.
 
     Args:
         prepared: what is merged.
@@ -412,6 +415,10 @@ def write_heads(
         if expert.folder is not None and (expert.folder / fixed).is_file():
             folder.copy(expert.folder / fixed, fixed)
             hashes[fixed] = sha256_file(folder.path / fixed)
+        tokenizer = prepared.settings.tokenizer == "base" and task not in prepared.plan.extra_rows
+        base = prepared.vectors.base.folder
+        for path in own_preparation(expert.folder, base, tokenizer=tokenizer):
+            folder.copy(path, f"heads/{task}/{path.name}")
     return hashes
 
 

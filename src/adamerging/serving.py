@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import __version__
 from .errors import UsageError, WeightsError
 from .masks import masked_names, restored
-from .output.companions import companions
+from .output.companions import companions, is_tokenizer
 from .output.folder import RECORD, OutputFolder
 from .output.tensors import write_tensors
 from .surgery import has_parts, read_part
@@ -335,13 +335,24 @@ class MergedModel:
         return self._shared.setdefault(stored, tensor)
 
     def small_files(self, task: str) -> Iterator[tuple[Path, str]]:
-        """Configuration and tokenizer files that belong to a task's model, with their names in its folder."""
-        del task
-        return companions(self.folder)
+        """Configuration and tokenizer files that belong to a task's model, with their names in its folder.
+
+        A tokenizer or processor that the task has of its own stands for the merged folder's.
+        """
+        own = {name: path for path, name in companions(self._own_folder(task))}
+        replaced = {preparation for name in own if (preparation := _preparation(name))}
+        for path, name in companions(self.folder):
+            if name not in own and _preparation(name) not in replaced:
+                yield path, name
+        yield from ((path, name) for name, path in own.items())
+
+    def _own_folder(self, task: str) -> Path:
+        """Where lies what a task has of its own."""
+        return self.folder / "heads" / task
 
     def _part(self, name: str) -> Weights:
-        """What a task has of its own: its head, and its configuration."""
-        own = self.folder / "heads" / name
+        """What a task has of its own: its head, its configuration, and what prepares its inputs."""
+        own = self._own_folder(name)
         path = own / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -349,8 +360,8 @@ class MergedModel:
             raise WeightsError(f"{path} is not valid JSON: {error}") from None
         if (own / "head.safetensors").is_file():
             opened = open_weights(own / "head.safetensors")
-            return replace(opened, label=str(own), config=config, folder=None, metadata=PART)
-        return Weights(str(own), {}, _nothing, config=config, metadata=PART)
+            return replace(opened, label=str(own), config=config, folder=own, metadata=PART)
+        return Weights(str(own), {}, _nothing, config=config, folder=own, metadata=PART)
 
     def _kind(self, name: str, part: Weights) -> Kind:
         if self._model is not None:
@@ -423,7 +434,25 @@ def load(
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"{path / RECORD} is not valid JSON: {error}") from None
+    _check_record(path / RECORD, record)
     return MergedModel(path, open_weights(path), record, model=model, head=head, device=device)
+
+
+def _check_record(path: Path, record: Any) -> None:
+    """Refuse what no merge wrote.
+
+    Raises:
+        WeightsError: it is no mapping, or what it says of experts and tasks is none.
+    """
+    wrong = [] if isinstance(record, dict) else ["it holds no keys and values"]
+    for key in ("experts", "tasks") if not wrong else ():
+        found = record.get(key) or {}
+        if not isinstance(found, dict) or not all(isinstance(value, dict) for value in found.values()):
+            wrong.append(f"'{key}' does not say by name what each is")
+    if wrong:
+        raise WeightsError(
+            f"{path} is damaged: {'; '.join(wrong)}. Take it from a copy, or write the folder again: merge"
+        )
 
 
 def load_module(folder: str | Path, task: str, *, device: torch.device | str = "cpu") -> nn.Module:
@@ -504,6 +533,13 @@ def _prediction(row: Tensor, names: Sequence[str] | None) -> Prediction:
     index = int(row.argmax())
     label = names[index] if names is not None else str(index)
     return Prediction(label, index, float(row[index]), tuple(row.tolist()))
+
+
+def _preparation(name: str) -> str:
+    """What prepares inputs by a file: tokenizer or processor; empty for another file."""
+    if is_tokenizer(name):
+        return "tokenizer"
+    return "processor" if name.endswith("processor_config.json") else ""
 
 
 def _heads_in(folder: Path) -> list[str]:

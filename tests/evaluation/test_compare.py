@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,12 @@ from adamerging.adaptation.loop import InterruptedRun
 from adamerging.errors import OutputError, UsageError
 from adamerging.evaluation.bench import Bench
 from adamerging.evaluation.compare import open_recipe
+from adamerging.evaluation.entries import wanted
 from adamerging.evaluation.making import Maker
+from adamerging.evaluation.planning import Planned, merged_rows
 from adamerging.evaluation.records import Comparison, Row
-from adamerging.evaluation.settings import CompareSettings
+from adamerging.evaluation.settings import CompareSettings, Entry, Shift
+from adamerging.evaluation.slicing import identity, still_true
 from adamerging.recipe import load_recipe
 from adamerging.stream import Workers
 from compared import CLASSES, save_recipe
@@ -189,6 +194,21 @@ def test_nothing_is_computed_again_but_what_failed(run: tuple[Path, Comparison],
     assert found.rows == run[1].rows
 
 
+def test_a_row_that_is_kept_is_measured_by_the_experts_there_are_now(
+    run: tuple[Path, Comparison], tmp_path: Path, again
+) -> None:
+    rows = tmp_path / "copy" / "out" / "rows"
+    for path in rows.glob("*.json"):  # as they are where an expert's row had failed
+        record = json.loads(path.read_text())
+        for score in record["scores"]:
+            score["normalised"] = None if score["task"] == "topics" else score["normalised"]
+        path.write_text(json.dumps(record))
+    said, found = again()
+    assert said == ["slerp"] and found.rows == run[1].rows
+    kept = [Row.model_validate(json.loads((rows / f"{name}.json").read_text())) for name in found.order]
+    assert kept == run[1].rows
+
+
 def test_a_damaged_row_is_computed_again(run: tuple[Path, Comparison], tmp_path: Path, again) -> None:
     folder = tmp_path / "copy" / "out"
     for label, text in (("ties", '{"label"'), ("average", '{"label": "average"}')):
@@ -207,6 +227,66 @@ def test_what_depends_on_other_settings_is_computed_again(again) -> None:
     said, found = again(methods=["ties"], limit=7)
     assert said == ["expert: films", "expert: books", "expert: topics", "base", "average", "ties"]
     assert {score.samples for row in found.rows for score in row.scores} == {7}
+
+
+def test_another_plan_is_computed_again_wholly(models: Path, tmp_path: Path, again) -> None:
+    recipe = save_recipe(tmp_path, models)
+    assert again(recipe, methods=["ties"], why=False)[0] == []  # the same plan
+    recipe = save_recipe(tmp_path, models, exclude=["*attention*"])
+    every = ["expert: films", "expert: books", "expert: topics", "base", "average", "ties"]
+    assert again(recipe, methods=["ties"], why=False)[0] == every
+
+
+@contextmanager
+def opened(models: Path, folder: Path, **fields: object) -> Iterator[Bench]:
+    """A bench over the family, by a recipe with these fields."""
+    recipe = load_recipe(save_recipe(folder, models, **fields))
+    tasks = [am.text_task(name, evaluate=models / f"{name}_test.jsonl") for name in CLASSES]
+    with Workers(1) as workers:
+        yield Bench(open_recipe(recipe), tasks, CompareSettings(slice_tasks=["films", "books"]), workers)
+
+
+def test_the_loss_surface_of_another_plan_is_another(models: Path, tmp_path: Path) -> None:
+    found: list[dict[str, str]] = []
+    for change in ({}, {"exclude": ["*attention*"]}, {"buffers": "base"}, {"dtype": "bfloat16"}):
+        with opened(models, tmp_path, **change) as bench:
+            found.append({"key": identity(bench, ["films", "books"])})
+            assert [still_true(bench, {}, other) for other in found] == [False] * (len(found) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "adapt", [{"preset": "paper", "coefficients": "FILE"}, {"preset": "concrete", "mask": {"logits": "FILE"}}]
+)
+def test_files_that_learning_starts_from_count_by_their_content(
+    models: Path, tmp_path: Path, adapt: dict[str, object]
+) -> None:
+    file = tmp_path / "start.safetensors"
+    entry = Entry(adapt=json.loads(json.dumps(adapt).replace("FILE", str(file))))
+    keys = []
+    for content in (b"one", b"two", b"one", None):
+        file.unlink(missing_ok=True) if content is None else file.write_bytes(content)
+        with opened(models, tmp_path) as bench:
+            asked = wanted(load_recipe(tmp_path / "recipe.yaml"), [{"mine": entry}])
+            (row,) = merged_rows(tuple(CLASSES), tuple(CLASSES), asked, [0])
+            keys.append(row.key(bench))
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+
+
+def test_rows_with_other_noise_are_not_taken(models: Path, tmp_path: Path, monkeypatch) -> None:
+    shift = Shift(corruptions=["typos"], severities=[1], apply="both")
+    recipe = load_recipe(save_recipe(tmp_path, models))
+    data = {name: models / f"{name}_test.jsonl" for name in CLASSES}
+    tasks = [am.text_task(name, path, path) for name, path in data.items()]
+    row = Planned("average", "average", tuple(CLASSES), tuple(CLASSES))
+    keys: dict[int | None, list[str]] = {None: [], 5: []}
+    for known in (True, False):
+        if not known:  # whose data it is, as in an earlier version
+            monkeypatch.setattr("adamerging.evaluation.planning.cut_from", lambda *_: False)
+        for limit, found in keys.items():
+            with Workers(1) as workers:
+                settings = CompareSettings(limit=limit, shift=shift)
+                found.append(row.key(Bench(open_recipe(recipe), tasks, settings, workers)))
+    assert len(set(keys[None])) == 1 and len(set(keys[5])) == 2
 
 
 def test_precision_is_of_the_scored_passes_and_belongs_to_a_row(again) -> None:
@@ -303,11 +383,7 @@ def test_corrupted_data_is_scored_under_its_condition(models: Path, tmp_path: Pa
 
 
 def test_heads_and_body_are_shared_and_the_body_is_the_model_asked_for(models: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(save_recipe(tmp_path, models))
-    prepared = open_recipe(recipe)
-    tasks = [am.text_task(name, evaluate=models / f"{name}_test.jsonl") for name in CLASSES]
-    with Workers(1) as workers:
-        bench = Bench(prepared, tasks, CompareSettings(), workers)
+    with opened(models, tmp_path) as bench:
         name = "bert.encoder.layer.0.output.dense.weight"
         kept = {task: module.get_parameter(name).data_ptr() for task, module in bench.modules.items()}
         assert len(set(kept.values())) == 1

@@ -170,6 +170,31 @@ def test_what_makes_no_sense_is_said_at_once_and_before_anything_is_computed(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("choose_on", ["val", "test"])
+def test_a_transductive_sweep_is_not_chosen_by_the_labels_that_are_scored_on(
+    cli, models, tmp_path, monkeypatch, choose_on
+):
+    class Reached(BaseException):
+        pass
+
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setattr("adamerging.evaluation.compare.Bench", reached)
+    data = {name: str(models / f"{name}_test.jsonl") for name in CLASSES}
+    fields = {"transductive": True, "tasks": {n: {"adapt": p, "evaluate": p} for n, p in data.items()}}
+    swept = {"method": "ties", "sweep": {"scale": [0.5, 1.0]}, "choose_on": choose_on}
+    recipe = save_recipe(tmp_path, models, **fields, compare={"methods": [{"best": swept}]})
+    if choose_on == "test":
+        with pytest.raises(Reached):
+            cli("compare", recipe, "--out", tmp_path / "new")
+        return
+    ended = cli("compare", recipe, "--out", tmp_path / "new")
+    assert ended.code == 2 and not (tmp_path / "new").exists()
+    for message in ("best: the sweep is chosen by", "of films, books, topics", "choose_on: test"):
+        assert message in ended.err.replace("\n", " ")
+
+
 def test_a_task_left_out_needs_labels(cli, models, tmp_path):
     lines = [json.loads(line) for line in (models / "films_val.jsonl").read_text().splitlines()]
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": line["text"]}) + "\n" for line in lines))

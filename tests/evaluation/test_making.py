@@ -14,8 +14,8 @@ from adamerging.evaluation.bench import Bench
 from adamerging.evaluation.choosing import choose
 from adamerging.evaluation.entries import wanted
 from adamerging.evaluation.making import Maker
-from adamerging.evaluation.planning import AVERAGE, Planned
-from adamerging.evaluation.records import Row
+from adamerging.evaluation.planning import Planned
+from adamerging.evaluation.records import AVERAGE, Row
 from adamerging.evaluation.settings import CompareSettings, Entry
 from adamerging.norms import OWN
 from adamerging.recipe import Settings, make_recipe

@@ -72,3 +72,75 @@ def test_statistics_are_kept_by_a_static_merge_alone() -> None:
     assert keeps == [True, False]
     with pytest.raises(UsageError, match=r"adapt: \{batchnorm: keep\}"):
         rows_of({"learned": Entry(adapt="paper", batchnorm="keep")})
+
+
+def test_a_chain_with_its_own_seeds_has_no_others() -> None:
+    fixed, open_ = {"dare": {"seed": 5}}, {"dare": {}}
+    assert [row.seed for row in rows_of({"it": Entry(method=[fixed])}, seeds=(0, 1))] == [None]
+    assert [row.seed for row in rows_of({"it": Entry(method=[fixed, open_])}, seeds=(0, 1))] == [0, 1]
+
+
+def test_a_sweep_over_the_seed_leaves_no_other() -> None:
+    swept = {"static": Entry(method="dare", sweep={"options.seed": [1, 2]})}
+    learned = {"learned": Entry(adapt={"steps": 1}, sweep={"adapt.seed": [1, 2]})}
+    assert [row.seed for row in rows_of(swept, learned, seeds=(0, 1))] == [None, None]
+
+
+AVERAGES = [{"average": None}, {"average": Entry(method="average")}, {"average": Entry(method=["average"])}]
+
+
+@pytest.mark.parametrize("entry", AVERAGES)
+def test_the_plain_average_is_there_anyway(entry: dict[str, Entry]) -> None:
+    assert rows_of(entry) == []
+    assert [row.label for row in rows_of({"mean": Entry(method="average")})] == ["mean"]
+
+
+@pytest.mark.parametrize(
+    ("label", "entry"),
+    [
+        ("base", {"method": "ties"}),
+        ("experts", {"method": "ties"}),
+        ("expert: a", {"adapt": "paper"}),
+        ("average", {"method": "ties"}),
+        ("average", {"batchnorm": "keep"}),
+        ("average", {"scale": 0.5}),
+        ("average", {"adapt": "paper"}),
+        ("average", {"sweep": {"scale": [0.5, 1.0]}}),
+    ],
+)
+def test_no_merge_takes_the_name_of_a_row_that_is_there_anyway(label: str, entry: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"'{label}' is the name of the row .*call this merge otherwise"):
+        rows_of({label: Entry(**entry)})
+
+
+def test_the_recipes_own_average_is_not_dropped_where_it_is_another() -> None:
+    fields = {"base": "base", "experts": {"a": "a", "b": "b"}, "method": "average"}
+    assert merged_rows(("a", "b"), ("a",), wanted(make_recipe(fields), []), [0]) == []
+    with pytest.raises(UsageError, match="'average' is the name of the row"):
+        wanted(make_recipe({**fields, "scale": 0.5}), [])
+
+
+def test_an_oracle_is_not_taken_for_another_row() -> None:
+    oracle = Entry(method="ties", sweep={"scale": [1.0, 2.0]}, choose_on="test")
+    with pytest.raises(UsageError, match="given twice"):
+        rows_of({"bound (oracle)": Entry(method="ties")}, {"bound": oracle})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"method": "ties", "sweep": {"adapt.steps": [1]}}, r"it: a sweep over adapt.NAME .*static merge"),
+        ({"adapt": "paper", "sweep": {"scale": [1, 2]}}, "it: scale and adapt exclude each other"),
+        ({"adapt": "paper", "sweep": {"options.density": [1]}}, "it: options and adapt exclude"),
+        ({"adapt": "paper", "scale": 5.0, "options": {"nonsense": 3}}, "it: options, scale and adapt"),
+        ({"adapt": "paper", "method": "ties"}, "it: method and adapt exclude each other"),
+    ],
+)
+def test_settings_of_the_other_kind_of_merge_are_refused(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        rows_of({"it": Entry(**entry)})
+
+
+def test_settings_of_a_static_merge_are_refused_under_the_name_of_a_preset() -> None:
+    with pytest.raises(UsageError, match="paper: scale and adapt exclude each other"):
+        rows_of({"paper": Entry(scale=0.5)})

@@ -9,8 +9,9 @@ import pytest
 from torch import nn
 
 from adamerging.errors import UsageError
+from adamerging.evaluation.limit import first
 from adamerging.evaluation.settings import Shift
-from adamerging.evaluation.shift import check_shift, conditions, shifted_task
+from adamerging.evaluation.shift import check_shift, conditions, same_data, shifted_task
 from adamerging.tasks import Task, module_task
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
@@ -76,6 +77,18 @@ def test_a_transductive_run_adapts_to_what_it_is_scored_on() -> None:
     assert shifted.adapt.fingerprint == shifted.evaluate.fingerprint
     assert np.array_equal(shifted.adapt.inputs[1], shifted.evaluate.inputs[1])
     assert shifted_task(replace(task, adapt=None), "spatter", 2).adapt is None
+
+
+def test_a_transductive_run_that_is_scored_on_the_first_samples_adapts_to_these_too() -> None:
+    task = image_task()
+    assert task.evaluate is not None
+    shifted = shifted_task(replace(task, adapt=task.evaluate, evaluate=first(task.evaluate, 2)), "spatter", 2)
+    assert shifted.adapt is not None and shifted.evaluate is not None
+    assert len(shifted.evaluate) == 2 and len(shifted.adapt) == 3
+    for place in range(2):
+        assert np.array_equal(shifted.adapt.inputs[place], shifted.evaluate.inputs[place])
+    other = replace(task, evaluate=first(task.evaluate, 2))
+    assert not same_data(other)
 
 
 def test_everything_wrong_is_said_at_once() -> None:

@@ -160,6 +160,9 @@ def test_what_a_task_that_is_left_out_needs(world: Any) -> None:
     unlabeled = replace(task, adapt=replace(task.adapt, labels=None))
     with pytest.raises(UsageError, match="a probe stands in, which is fitted on labelled data"):
         held_out_data(unlabeled, vectors.experts["c"], vectors.base)
+    transductive = replace(task, adapt=task.evaluate)
+    with pytest.raises(UsageError, match="'c' is left out: 30 of 30 evaluation samples .* disjoint splits"):
+        held_out_data(transductive, vectors.experts["c"], vectors.base)
     few = replace(task, adapt=replace(task.adapt, labels=[0, 1] * 30))
     data = held_out_data(few, vectors.experts["c"], vectors.base)
     with pytest.raises(UsageError, match=r"has no sample of the class 2, which .* a probe cannot learn"):
@@ -178,6 +181,7 @@ def test_a_sentence_encoder_keeps_its_zero_shot_head(tmp_path: Path) -> None:
     body = Body(vectors, torch.device("cpu"))
     module = body.attach("a", tasks["a"].skeleton(vectors.experts["a"], vectors.base))
     body.load_base(vectors)
+    tasks["b"] = replace(tasks["b"], adapt=tasks["b"].evaluate)  # no probe is fitted, so they may be the same
     data = held_out_data(tasks["b"], vectors.experts["b"], vectors.base)
     host = host_for(data, [host_of(tasks["a"], prepared.plan)])
     head = fit_head(data, host, module)
@@ -193,7 +197,7 @@ def test_a_sentence_encoder_keeps_its_zero_shot_head(tmp_path: Path) -> None:
 # --- tasks without an expert, from a recipe
 
 
-def write_texts(path: Path, count: int, offset: int = 0, names: tuple[str, ...] = ("no", "yes")) -> str:
+def write_texts(path: Path, count: int, offset: int = 0, names: tuple[object, ...] = ("no", "yes")) -> str:
     lines = [
         json.dumps({"text": f"word{i % 50} word{(i + offset) % 50} {offset}", "label": names[i % len(names)]})
         for i in range(count)
@@ -209,6 +213,19 @@ def test_names_of_classes_are_numbered_by_the_training_data(tmp_path: Path) -> N
     assert data.label_names == ["no", "yes"] and data.classes == 2 and data.kind == "text"
     assert list(data.evaluate.labels or ()) == [0, 1] * 3 and data.train is not None
     assert data.like == "a"
+
+
+@pytest.mark.parametrize("named", ["train", "test"])
+def test_names_in_one_split_and_numbers_in_the_other_need_their_order(tmp_path: Path, named: str) -> None:
+    for part, offset in (("train", 0), ("test", 7)):
+        write_texts(tmp_path / f"{part}.jsonl", 8, offset, ("spam", "ham") if part == named else (0, 1))
+    spec: dict[str, Any] = {"train": "train.jsonl", "evaluate": "test.jsonl"}
+    seen = [text_task("a", ["word1", "word2"])]
+    with pytest.raises(UsageError, match="are names, those of the other numbers. Give label_names"):
+        read_unseen(Unseen(tasks={"u": spec}), seen, tmp_path)
+    [data] = read_unseen(Unseen(tasks={"u": {**spec, "label_names": ["spam", "ham"]}}), seen, tmp_path)
+    assert data.train is not None
+    assert list(data.train.labels or ()) == list(data.evaluate.labels or ()) == [0, 1] * 4
 
 
 def test_arrays_with_a_preparation_of_their_own(tmp_path: Path, world: Any) -> None:

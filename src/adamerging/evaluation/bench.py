@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,17 @@ from ..run import Prepared
 from ..stream import Workers
 from ..tasks.task import Samples, Task
 from ..weights import Weights
+from ..weights.fingerprint import sha256_file
 from .cache import Result, find, keep, result_key
 from .inference import Feed, logits_from
+from .limit import first
 from .records import CLEAN, ScoreRecord
 from .scores import labelled, measure, score_record
 from .settings import CompareSettings
 from .shift import conditions
 
+PLAN = frozenset({"include", "exclude", "heads", "buffers", "vocabulary", "dtype"})
+"""Settings that say which tensors are merged, and which of a model's stay the base's."""
 KEPT = 512 << 20
 """Bytes of ready inputs that are kept from one model to the next, of all tasks together."""
 
@@ -145,12 +150,20 @@ class Bench:
         self.hashes |= hash_files(unknown, self.workers)
         return [content_of(item, self.hashes) for item in weights]
 
+    def hash_of(self, path: Path) -> str | None:
+        """sha256 of a file that settings name; None where there is none."""
+        if path not in self.hashes and path.is_file():
+            self.hashes[path] = sha256_file(path)
+        return self.hashes.get(path)
+
     @cached_property
     def content(self) -> list[Any]:
-        """What identifies weights and data, for the rows' keys."""
+        """What identifies weights, data and, where it is no usual one, the plan, for the rows' keys."""
         vectors = self.prepared.vectors
         weights = self.content_of([vectors.base, *vectors.experts.values()])
-        return [list(vectors.tasks), weights, [_content(name, seat) for name, seat in self.seats.items()]]
+        tasks = [_content(name, seat) for name, seat in self.seats.items()]
+        plan = self.prepared.settings.model_dump(include=set(PLAN), exclude_defaults=True)
+        return [list(vectors.tasks), weights, tasks, *([plan] if plan else [])]
 
     @cached_property
     def content_outside(self) -> dict[str, Any]:
@@ -260,15 +273,6 @@ class Bench:
         samples = self.seats[name].task.evaluate
         assert samples is not None and samples.labels is not None
         return torch.tensor([int(label) for label in samples.labels])
-
-
-def first(samples: Samples, count: int | None) -> Samples:
-    """The first so many samples; all when None or when there are no more."""
-    if count is None or count >= len(samples):
-        return samples
-    labels = None if samples.labels is None else samples.labels[:count]
-    known = f"{samples.fingerprint} first {count}"
-    return Samples(samples.inputs[:count], labels, samples.source, known)
 
 
 def class_names_of(seat: Seat) -> list[str] | None:

@@ -12,8 +12,9 @@ from ..errors import UsageError
 from ..tasks.spec import TaskSpec
 from ..validation import Problems, nearest
 from ..weights import Weights
-from .bench import Bench, first
+from .bench import Bench
 from .folder import OpenedModel, open_model, score_module, scored_spec
+from .limit import first
 from .records import ScoreRecord
 from .shift import conditions
 

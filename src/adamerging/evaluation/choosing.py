@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from ..adaptation.state import discard_state
 from ..errors import UsageError
-from ..tasks.task import Samples
-from .bench import Bench, first
+from ..tasks.data import count_shared
+from ..tasks.task import Samples, Task
+from .bench import Bench
 from .entries import Candidate, Wanted
+from .limit import first
 from .making import Made, Maker
 
 
@@ -30,6 +32,32 @@ class Choice:
     made: Made
     settings: dict[str, Any]
     chosen_on: Literal["val", "test"] | None = None
+
+
+def check_choices(wanted: Sequence[Wanted], tasks: Sequence[Task]) -> None:
+    """Refuse a choice by val labels that are those scored on, as transductive data can be.
+
+    Raises:
+        UsageError: data to choose on and data to score on share samples.
+    """
+    choosing = [
+        item.label
+        for item in wanted
+        if item.recipe.transductive and item.entry.choose_on == "val" and len(item.candidates()) > 1
+    ]
+    if not choosing:
+        return
+    shared = [
+        task.name
+        for task in tasks
+        if task.adapt is not None and task.evaluate is not None and count_shared(task.evaluate, task.adapt)
+    ]
+    if shared:
+        raise UsageError(
+            f"{', '.join(choosing)}: the sweep is chosen by the labels of the adaptation data, and of "
+            f"{', '.join(shared)} these are the labels that are scored on (transductive); say choose_on: "
+            "test, which marks the row as an oracle, or give disjoint splits"
+        )
 
 
 def choose(

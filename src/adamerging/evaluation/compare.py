@@ -28,14 +28,24 @@ from ..tasks.task import Task
 from ..validation import Problems, make
 from .bench import Bench, Reference, Seat, class_names_of, normalised, reference_of
 from .beside import Beside, open_beside
-from .choosing import choose
-from .entries import wanted
+from .choosing import check_choices, choose
+from .entries import Wanted, wanted
 from .explaining import explain, explains
 from .making import Made, Maker
 from .outsiders import Outsiders, plan_outsiders, seat_outsiders
 from .pace import pace
-from .planning import AVERAGE, BASE, Outlook, Planned, outlook, plan_rows, scoring_of
-from .records import CLEAN, EXPERTS, Comparison, Row, ScoreRecord, TaskRecord
+from .planning import Outlook, Planned, outlook, plan_rows, scoring_of
+from .records import (
+    AVERAGE,
+    BASE,
+    CLEAN,
+    EXPERTS,
+    Comparison,
+    Row,
+    ScoreRecord,
+    TaskRecord,
+    label_of_expert,
+)
 from .settings import CompareSettings
 from .shift import check_shift
 from .shifted import adapted_anew, times_anew
@@ -93,8 +103,9 @@ def compare(
     vectors = prepared.vectors
     tasks = make_tasks(recipe.tasks, vectors.experts, vectors.base, transductive=recipe.transductive)
     tasks = in_order(tasks, vectors.tasks)
-    labels = {BASE, EXPERTS, AVERAGE, *(item.label for item in asked)}
-    outsiders, models = _checked(chosen, tasks, prepared, labels)
+    labels = {BASE, EXPERTS, AVERAGE, *map(label_of_expert, recipe.experts)}
+    labels |= {item.row_label for item in asked}
+    outsiders, models = _checked(chosen, tasks, prepared, labels, asked)
     folder = RunFolder(out)
     device = recipe.adapt.device if recipe.adapt is not None else "cpu"
     with folder.locked(), Workers(prepared.settings.threads) as workers:
@@ -112,7 +123,11 @@ def compare(
 
 
 def _checked(
-    settings: CompareSettings, tasks: Sequence[Task], prepared: Prepared, labels: Collection[str]
+    settings: CompareSettings,
+    tasks: Sequence[Task],
+    prepared: Prepared,
+    labels: Collection[str],
+    asked: Sequence[Wanted],
 ) -> tuple[Outsiders, list[Beside]]:
     """Refuse what makes no sense for these tasks, all of it at once, before anything is computed."""
     problems, outsiders, models = Problems(), Outsiders(), list[Beside]()
@@ -126,6 +141,8 @@ def _checked(
         outsiders = plan_outsiders(settings.unseen, tasks, prepared)
     with problems.gathered():
         check_slice(settings, tasks)
+    with problems.gathered():
+        check_choices(asked, tasks)
     problems.refuse("compare")
     return outsiders, models
 
@@ -167,6 +184,7 @@ class _Run:
         self.recipe, self.bench, self.folder, self.planned = recipe, bench, folder, planned
         self.say, self.on_row = say, on_row
         self.references: dict[Reference, float] = {}
+        self.complete = False  # whether the references are
         self.expert_logits: dict[str, Tensor] = {}
         self.rows: dict[str, Row] = {}
 
@@ -201,8 +219,8 @@ class _Run:
             row = self._computed(planned, key)
             self.folder.write_row(name, row)
         self._refer(planned, row.scores)
-        self.rows[name] = row
-        self.on_row(row)
+        self.rows[name] = self._measured(name, row) if self.complete else row
+        self.on_row(self.rows[name])
 
     def _refer(self, planned: Planned, scores: Sequence[ScoreRecord]) -> None:
         """Keep what others are measured by: experts on their own tasks, the base on unseen ones."""
@@ -212,12 +230,18 @@ class _Run:
                 self.references[reference_of(score)] = score.accuracy
 
     def _measure_references(self) -> None:
-        """Measure the references by each other, which takes all of them."""
+        """Measure the rows of the references by each other, which takes all of them."""
+        self.complete = True
         for name, row in self.rows.items():
-            scores = normalised(row.scores, self.references)
-            if scores != row.scores:
-                self.rows[name] = row.model_copy(update={"scores": scores})
-                self.folder.write_row(name, self.rows[name])
+            self.rows[name] = self._measured(name, row)
+
+    def _measured(self, name: str, row: Row) -> Row:
+        """A row measured by the references, which may be others than when it was written."""
+        scores = normalised(row.scores, self.references)
+        if scores != row.scores:
+            row = row.model_copy(update={"scores": scores})
+            self.folder.write_row(name, row)
+        return row
 
     def _computed(self, planned: Planned, key: str) -> Row:
         row = Row(

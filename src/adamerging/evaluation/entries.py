@@ -12,8 +12,9 @@ from ..adaptation.settings import AdaptSettings, resolve
 from ..errors import UsageError
 from ..methods import chain, make_method, methods
 from ..methods.stage import Method
-from ..recipe import Recipe, Settings
+from ..recipe import Recipe, Settings, refuse_static
 from ..validation import nearest
+from .records import AVERAGE, BASE, EXPERTS, label_of_expert
 from .settings import Entry
 
 ALIASES: Mapping[str, str] = {"adamerging": "paper", "adamerging++": "paper++"}
@@ -30,6 +31,7 @@ class Candidate:
         adapt: settings of learning; None for a static merge.
         tried: what a sweep changed.
         keeps_statistics: a static merge whose BatchNorm statistics stay as they are merged.
+        seeded: another seed gives another model: something in it is random, and it names no seed itself.
     """
 
     settings: Settings
@@ -37,16 +39,12 @@ class Candidate:
     adapt: AdaptSettings | None
     tried: Mapping[str, Any]
     keeps_statistics: bool = False
+    seeded: bool = False
 
     @property
     def masked(self) -> bool:
         """Whether each task has weights of its own, by its mask."""
         return self.method is not None and self.method.masks is not None
-
-    @property
-    def seeded(self) -> bool:
-        """Whether another seed gives another model."""
-        return self.adapt is not None or (self.method is not None and self.method.seed is not None)
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,12 @@ class Wanted:
     recipe: Recipe
 
     @property
+    def row_label(self) -> str:
+        """The same as its rows have it, which say whether the labels that are scored on chose."""
+        oracle = self.entry.sweep and self.entry.choose_on == "test"
+        return f"{self.label} (oracle)" if oracle else self.label
+
+    @property
     def learned(self) -> bool:
         """Whether coefficients are learned."""
         return self.entry.adapt is not None
@@ -73,6 +77,14 @@ class Wanted:
         """The seed that the entry itself names; one that does is made with no other."""
         own = self.entry.adapt if self.learned else self.entry.options
         return own.get("seed") if isinstance(own, Mapping) else None
+
+    @property
+    def plain_average(self) -> bool:
+        """Whether it is the simple average, which every comparison has anyway."""
+        if self.learned or self.entry.sweep or self.entry.batchnorm == "keep":
+            return False
+        (only,) = self.candidates()
+        return only.settings.chain() == [("average", {})] and only.settings.scale is None
 
     def candidates(self, seed: int | None = None) -> list[Candidate]:
         """What the sweep asks to try, in its order; one candidate without a sweep.
@@ -128,12 +140,12 @@ def wanted(recipe: Recipe, names: Sequence[str | Mapping[str, Entry | None]]) ->
         for label, entry in [(item, None)] if isinstance(item, str) else item.items():
             try:
                 made = Wanted(label, _entry(label, entry, recipe.buffers), recipe)
-                for candidate in made.candidates(0):
-                    del candidate
+                made.candidates(0)
+                _check_label(made)
             except UsageError as error:
                 problems.append(str(error))
                 continue
-            if any(other.label == label for other in found):
+            if any(other.row_label == made.row_label for other in found):
                 problems.append(f"'{label}' is given twice; write {{another label: {{method: {label}}}}}")
             found.append(made)
     if problems:
@@ -153,10 +165,29 @@ def _own(recipe: Recipe) -> Mapping[str, Entry | None]:
 def _entry(label: str, entry: Entry | None, buffers: str) -> Entry:
     """An entry that names its method or its preset."""
     entry = entry or Entry()
-    if entry.method is not None and entry.adapt is not None:
+    if entry.adapt is None and entry.method is None:
+        name = ALIASES.get(label, label)
+        if name in PRESETS:
+            entry = entry.model_copy(update={"adapt": name})
+        elif label in methods():
+            entry = entry.model_copy(update={"method": label})
+        else:
+            known = [*methods(), *PRESETS, *ALIASES]
+            raise UsageError(
+                f"unknown method '{label}'{nearest(label, known)}; there are the methods of `adamerging "
+                f"methods` and the presets {', '.join([*PRESETS, *ALIASES])}"
+            )
+    swept = {path.partition(".")[0]: values for path, values in entry.sweep.items()}
+    if entry.adapt is not None:
+        try:
+            refuse_static({"method": entry.method, "options": entry.options, "scale": entry.scale} | swept)
+        except ValueError as error:
+            raise UsageError(f"{label}: {error}") from None
+    elif "adapt" in swept:
         raise UsageError(
-            f"{label}: method and adapt exclude each other; a method is where learning starts "
-            "(adapt: {start: ties}) or what is done to the task vectors first (adapt: {vectors: ties})"
+            f"{label}: a sweep over adapt.NAME is for learned coefficients, and this is a static merge; say "
+            "how they are learned, adapt: {preset: recommended}; a method is where they start, adapt: "
+            "{start: ties}, or what is done to the task vectors first, adapt: {vectors: ties}"
         )
     if entry.adapt is not None and "batchnorm" in entry.model_fields_set:
         raise UsageError(
@@ -165,18 +196,24 @@ def _entry(label: str, entry: Entry | None, buffers: str) -> Entry:
         )
     if entry.batchnorm == "keep" and buffers == "task":
         raise UsageError(f"{label}: batchnorm: keep does not go with buffers: task; leave out one of them")
-    if entry.adapt is not None or entry.method is not None:
-        return entry
-    name = ALIASES.get(label, label)
-    if name in PRESETS:
-        return entry.model_copy(update={"adapt": name})
-    if label not in methods():
-        known = [*methods(), *PRESETS, *ALIASES]
+    return entry
+
+
+def _check_label(made: Wanted) -> None:
+    """Refuse the label of a row that every comparison has.
+
+    Raises:
+        UsageError: it is that of the base, of an expert, of all experts, or of the simple average and
+            stands for another merge.
+    """
+    if made.row_label == AVERAGE and made.plain_average:
+        return
+    if made.row_label in {BASE, AVERAGE, EXPERTS, *map(label_of_expert, made.recipe.experts)}:
+        what = "of the simple average" if made.row_label == AVERAGE else "that every comparison has"
         raise UsageError(
-            f"unknown method '{label}'{nearest(label, known)}; there are the methods of `adamerging methods` "
-            f"and the presets {', '.join([*PRESETS, *ALIASES])}"
+            f"'{made.row_label}' is the name of the row {what}; call this merge otherwise, under "
+            "compare.methods: {another label: {method: ...}}"
         )
-    return entry.model_copy(update={"method": label})
 
 
 def _settle(made: Wanted, entry: Entry, tried: Mapping[str, Any], seed: int | None) -> Candidate:
@@ -189,20 +226,24 @@ def _settle(made: Wanted, entry: Entry, tried: Mapping[str, Any], seed: int | No
             own = recipe.adapt.model_dump(exclude_unset=True) if recipe.adapt is not None else {}
             given = {key: own[key] for key in ("device", "budget") if key in own} | given
             adapt = resolve(({} if seed is None else {"seed": seed}) | given)
-            return Candidate(Settings.model_validate(common), None, adapt, tried)
+            return Candidate(Settings.model_validate(common), None, adapt, tried, seeded="seed" not in given)
         fields = {"method": entry.method, "options": entry.options, "scale": entry.scale}
         steps = Settings.model_validate(fields).chain()
+        free = [
+            name in methods() and "seed" in methods()[name].options.keys() - options
+            for name, options in steps
+        ]
         if seed is not None:
-            seeded = [(name, methods()[name].options if name in methods() else {}) for name, _ in steps]
             steps = [
-                (name, options | ({"seed": seed} if "seed" in known and "seed" not in options else {}))
-                for (name, options), (_, known) in zip(steps, seeded, strict=True)
+                (name, options | ({"seed": seed} if random else {}))
+                for (name, options), random in zip(steps, free, strict=True)
             ]
         method = chain([make_method(name, options) for name, options in steps])
         weights = recipe.weights_by_expert() if method.weighted else 1.0
         chosen = {"method": [{name: options} for name, options in steps], "scale": entry.scale}
         settings = Settings.model_validate({**common, **chosen, "weights": weights})
-        return Candidate(settings, method, None, tried, entry.batchnorm == "keep")
+        seeded = method.seed is not None and any(free)
+        return Candidate(settings, method, None, tried, entry.batchnorm == "keep", seeded)
     except UsageError as error:
         raise UsageError(f"{made.label}: {error}") from None
     except ValueError as error:

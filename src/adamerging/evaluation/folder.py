@@ -24,9 +24,10 @@ from ..tasks.task import Samples, Task
 from ..validation import make
 from ..weights import Weights, open_weights
 from ..weights.shared_store import is_store
-from .bench import first, normalised
+from .bench import normalised
 from .cache import Result, find, keep, result_key
 from .inference import Feed, logits_from
+from .limit import first
 from .records import CLEAN, Row, ScoreRecord
 from .scores import measure, score_record
 

@@ -22,8 +22,9 @@ from ..run import Prepared
 from ..tasks.task import Task
 from ..validation import Problems
 from ..weights.source import Spec
-from .bench import Bench, Seat, first
+from .bench import Bench, Seat
 from .features import Host, host_of
+from .limit import first
 from .probe import LinearHead
 from .settings import Unseen
 from .splits import Group, split_plan

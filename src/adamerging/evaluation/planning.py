@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..adaptation.cache import key
@@ -13,14 +14,12 @@ from .bench import Bench
 from .beside import Beside
 from .cache import VERSION
 from .entries import Wanted
+from .limit import cut_from
 from .pace import Pace
-from .records import RowKind
+from .records import AVERAGE, BASE, RowKind, label_of_expert
 from .settings import CompareSettings
 from .splits import Group
 from .store import row_name
-
-BASE = "base"
-AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Planned:
                 [
                     [
                         candidate.settings.model_dump(exclude={"threads"}),
-                        candidate.adapt and candidate.adapt.model_dump(exclude={"save_every", "budget"}),
+                        candidate.adapt and _learning(candidate.adapt, bench),
                         *(["statistics kept"] if candidate.keeps_statistics else []),
                         *(["the experts' statistics"] if candidate.masked else []),
                     ]
@@ -73,9 +72,30 @@ class Planned:
         own: list[Any] = [self.kind, self.seed, self.group, self.experts, self.tasks, entry, transductive]
         if self.kind == "average" and bench.prepared.own_statistics:
             own.append("statistics of each task's own")
+        own += _noise_in_common(bench)
         outside = [bench.content_outside[name] for name in self.unseen]
         scoring = scoring_of(bench.settings, whole=self.group is None)
         return key("row", VERSION, own, scoring, str(bench.device), bench.content, outside)
+
+
+def _learning(adapt: AdaptSettings, bench: Bench) -> dict[str, Any]:
+    """What learning depends on: the settings, and of files that they name the content."""
+    fields = adapt.model_dump(exclude={"save_every", "budget"})
+    named = [(fields, "coefficients"), (fields["mask"] or {}, "logits")]
+    for section, name in named:
+        if section.get(name) is not None:
+            section[name] = bench.hash_of(Path(section[name])) or section[name]
+    return fields
+
+
+def _noise_in_common(bench: Bench) -> list[Any]:
+    """Tasks that adapt to the corrupted data whose first samples they are scored on: it is the same data."""
+    shift = bench.settings.shift
+    if shift is None or shift.apply != "both":
+        return []
+    tasks = [seat.task for seat in bench.seats.values()]
+    cut = [t.name for t in tasks if t.adapt and t.evaluate and cut_from(t.evaluate, t.adapt)]
+    return [["noise in common", cut]] if cut else []
 
 
 MANY = 200
@@ -176,7 +196,7 @@ def plan_rows(
     everyone, scored, outside = tuple(experts), tuple(tasks), tuple(unseen)
     rows = [Planned(BASE, "base", (), scored, unseen=outside)]
     rows += [
-        Planned(f"expert: {name}", "expert", (name,), scored, unseen=outside)
+        Planned(label_of_expert(name), "expert", (name,), scored, unseen=outside)
         for name in scored
         if name in everyone
     ]
@@ -203,14 +223,14 @@ def merged_rows(
     """The rows of what was asked for, of some of the experts."""
     rows = []
     for item in wanted:
-        if item.label == AVERAGE and not item.learned and not item.entry.sweep:
+        if item.label == AVERAGE and item.plain_average:
             continue
-        own = seeds if item.seed is None else [item.seed]
-        seeded = any(candidate.seeded for candidate in item.candidates())
-        oracle = " (oracle)" if item.entry.sweep and item.entry.choose_on == "test" else ""
+        own: Sequence[int | None] = [item.seed]
+        if item.seed is None and any(candidate.seeded for candidate in item.candidates()):
+            own = seeds
         kind: RowKind = "learned" if item.learned else "static"
         rows += [
-            Planned(f"{item.label}{oracle}", kind, experts, tasks, item, seed, group, unseen)
-            for seed in (dict.fromkeys(own) if seeded else [None])
+            Planned(item.row_label, kind, experts, tasks, item, seed, group, unseen)
+            for seed in dict.fromkeys(own)
         ]
     return rows

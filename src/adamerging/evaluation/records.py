@@ -12,11 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT = 1
 CLEAN = "clean"
+BASE = "base"
+AVERAGE = "average"
 EXPERTS = "experts"
 """Label of the row that is each expert on its own task."""
 _STRICT = ConfigDict(extra="forbid")
 
 RowKind = Literal["base", "expert", "average", "static", "learned", "plain"]
+
+
+def label_of_expert(name: str) -> str:
+    """Label of an expert's row."""
+    return f"expert: {name}"
 
 
 class ScoreRecord(BaseModel):

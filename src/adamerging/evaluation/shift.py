@@ -9,6 +9,7 @@ from ..errors import UsageError
 from ..tasks.task import Samples, Task
 from .corruptions.corrupt import check_severity, corrupt, fits
 from .corruptions.table import find
+from .limit import cut_from
 from .settings import Shift
 
 
@@ -47,13 +48,20 @@ def shifted_task(task: Task, name: str, severity: int, *, seed: int = 0) -> Task
         UsageError: as `corrupt`.
     """
     adapt, evaluate = task.adapt, task.evaluate
-    same = adapt is not None and evaluate is not None and adapt.fingerprint == evaluate.fingerprint
-    stream = "" if same else "adapt"
+    stream = "" if same_data(task) else "adapt"
     return replace(
         task,
         adapt=None if adapt is None else corrupt(adapt, name, severity, seed=seed, stream=stream),
         evaluate=None if evaluate is None else corrupt(evaluate, name, severity, seed=seed),
     )
+
+
+def same_data(task: Task) -> bool:
+    """Whether a task is scored on what it adapts to, or on the first samples of it."""
+    adapt, evaluate = task.adapt, task.evaluate
+    if adapt is None or evaluate is None:
+        return False
+    return adapt.fingerprint == evaluate.fingerprint or cut_from(evaluate, adapt)
 
 
 def check_shift(shift: Shift, tasks: Iterable[Task]) -> None:

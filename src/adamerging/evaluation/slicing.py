@@ -68,7 +68,7 @@ def slice_tasks(bench: Bench, geometry: Mapping[str, Any]) -> tuple[str, str] | 
 def still_true(bench: Bench, geometry: Mapping[str, Any], found: Mapping[str, Any] | None) -> bool:
     """Whether a surface that was found before is what `slice_record` would find."""
     names = slice_tasks(bench, geometry)
-    return names is not None and found is not None and found.get("key") == _identity(bench, names)
+    return names is not None and found is not None and found.get("key") == identity(bench, names)
 
 
 def slice_record(
@@ -97,9 +97,9 @@ def slice_record(
         bench.body, prepared.vectors, bench.workers, tasks, others=share, x=GRID, y=GRID, limit=LIMIT,
         refresh=refresh or (lambda: None),
     )  # fmt: skip
-    return {"key": _identity(bench, names), "others": share, "samples": LIMIT, **found}
+    return {"key": identity(bench, names), "others": share, "samples": LIMIT, **found}
 
 
-def _identity(bench: Bench, names: Sequence[str]) -> str:
-    """Hash of all that the surface depends on."""
+def identity(bench: Bench, names: Sequence[str]) -> str:
+    """Hash of all that a surface over two tasks depends on."""
     return key("slice", VERSION, list(names), GRID, LIMIT, ROUNDS, str(bench.device), bench.content)

@@ -132,7 +132,8 @@ def held_out_data(task: Task, expert: Weights, base: Weights) -> UnseenData:
     the fixed head.
 
     Raises:
-        UsageError: no labelled data to score on, or none to fit a probe on.
+        UsageError: no labelled data to score on, or none to fit a probe on, or the two share samples (as a
+            transductive recipe's may).
         WeightsError: the head cannot be read.
     """
     if task.evaluate is None or task.evaluate.labels is None:
@@ -144,6 +145,7 @@ def held_out_data(task: Task, expert: Weights, base: Weights) -> UnseenData:
             f"task '{task.name}' is left out, and its expert's head with it: a probe stands in, which is "
             "fitted on labelled data. Give labels to its adaptation data (they are used for this alone)"
         )
+    _check_apart(f"task '{task.name}' is left out", task.evaluate, train)
     names = task.label_names
     train, evaluate, classes = _numbered(task.name, train, task.evaluate, head, names)
     own = task.collate if task.kind == "module" else None
@@ -315,16 +317,28 @@ def _read(name: str, spec: UnseenSpec, like: Task, folder: Path | None) -> Unsee
             raise UsageError(
                 f"{where}: {key} ({samples.source}) has no labels; name their field: label_field"
             )
+    _check_apart(where, evaluate, train)
+    if names is None and train is not None:
+        by_name = {isinstance(samples.labels, NamedLabels) for samples in (train, evaluate)}
+        if len(by_name) > 1:
+            raise UsageError(
+                f"{where}: the labels of one of {train.source} and {evaluate.source} are names, those of the "
+                "other numbers. Give label_names: the names in the order of the numbers"
+            )
+        if isinstance(train.labels, NamedLabels):
+            names = sorted(set(train.labels.names))
+    train, evaluate, classes = _numbered(name, train, evaluate, weight, names)
+    collate = named(spec.collate)
+    return UnseenData(name, evaluate, train, weight, names, classes, like.name, kind, collate)
+
+
+def _check_apart(where: str, evaluate: Samples, train: Samples | None) -> None:
+    """Refuse a probe that would be fitted on what it is scored on."""
     if train is not None and (shared := count_shared(evaluate, train)):
         raise UsageError(
             f"{where}: {shared} of {len(evaluate)} evaluation samples ({evaluate.source}) are also samples "
             f"that the probe is fitted on ({train.source}); give disjoint splits"
         )
-    if names is None and train is not None and isinstance(train.labels, NamedLabels):
-        names = sorted(set(train.labels.names))
-    train, evaluate, classes = _numbered(name, train, evaluate, weight, names)
-    collate = named(spec.collate)
-    return UnseenData(name, evaluate, train, weight, names, classes, like.name, kind, collate)
 
 
 def _numbered(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
-from ..evaluation.bench import first
+from ..evaluation.limit import first
 from ..evaluation.inference import Feed, logits_from
 from ..run import Prepared
 from ..tasks.task import Samples, Task
