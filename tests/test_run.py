@@ -275,7 +275,7 @@ def test_lora_adapters_as_files(family: Path, tmp_path: Path) -> None:
         mean = (merged_by_peft[0][name] + merged_by_peft[1][name]) / 2
         assert torch.allclose(value, mean, atol=1e-6), name
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert list(record["experts"]["one"]["sha256"]) == ["adapter_model.safetensors"]
+    assert list(record["experts"]["one"]["sha256"]) == ["adapter_model.safetensors", "adapter_config.json"]
 
 
 # --- what goes wrong

@@ -159,6 +159,10 @@ def view_expert(
     expert = Expert(key, weights, prefixes, lambda _: False, "")
     expert.alien = len(pairs) > 1
     expert.is_head, expert.head_rule = _head_rule(expert, base, heads, name, kind, list(shapes))
+    if heads is None and any(map(naming.is_pooler, shapes)) and not any(map(naming.is_pooler, base.shapes)):
+        rest = expert.is_head
+        expert.is_head = lambda n: rest(n) or naming.is_pooler(n)
+        expert.head_rule += ", and the pooler, which the base lacks"
     for stored in weights.specs:
         found = False
         for each in expert.names(stored):

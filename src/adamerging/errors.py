@@ -16,6 +16,7 @@ Each message says what is wrong, where, and what to do. The command line prints 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class AdamergingError(Exception):
@@ -38,6 +39,11 @@ class MissingExtraError(UsageError):
             f"{purpose} needs the package '{package}', which is not installed. "
             f"Install it with: pip install 'adamerging[{extra}]'"
         )
+        self._given = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By what it was made of: it goes from one process to another."""
+        return type(self), self._given
 
 
 class WeightsError(AdamergingError):
@@ -62,6 +68,7 @@ class PlanError(AdamergingError):
 
     def __init__(self, problems: Iterable[str], remedy: str = "") -> None:
         self.problems = tuple(problems)
+        self.remedy = remedy
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
         lines = [f"these weights cannot be merged as they are ({head}):"]
@@ -69,6 +76,10 @@ class PlanError(AdamergingError):
         if remedy:
             lines.append(remedy)
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By what it was made of: it goes from one process to another."""
+        return type(self), (self.problems, self.remedy)
 
 
 class NonFiniteError(AdamergingError):

@@ -4,6 +4,7 @@ names are tied, which belong to a vocabulary. Strings and shapes only; the decis
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ _VOCABULARY_BIAS = re.compile(
 )
 # Buffers that models compute for themselves; old files carry them, new ones do not.
 _RECOMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|token_type_ids)$")
+_POOLER = re.compile(r"(^|\.)pooler\.")
 _STATISTICS = re.compile(r"(^|\.)running_(mean|var)$")
 
 
@@ -106,6 +108,42 @@ def ties_by_default(model_type: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+def stored_names(config: Mapping[str, Any] | None) -> Mapping[str, str]:
+    """What files call the tensors that transformers calls otherwise in memory, by the names in memory.
+
+    Its releases from 5 on rename the layers of some models (ViT, BEIT, Swin, ...) on loading, and back on
+    saving; an adapter's file has the names in memory. Empty where nothing is renamed, or nothing is known.
+    Imports transformers.
+    """
+    name = architecture(config)
+    if not config or name is None or not isinstance(config.get("model_type"), str):
+        return {}
+    return _stored_names(name, json.dumps(dict(config), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=8)
+def _stored_names(name: str, config: str) -> Mapping[str, str]:
+    import torch
+    import transformers
+
+    fields = json.loads(config)
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        with torch.device("meta"):
+            known = type(transformers.AutoConfig.for_model(fields["model_type"])).from_dict(fields)
+            model = getattr(transformers, name)(known)
+        held = model.state_dict()
+        owners = {id(tensor): key for key, tensor in held.items()}
+        # What is not the same tensor afterwards was put together or taken apart: no name stands for it.
+        stored = [
+            (key, owners.get(id(tensor))) for key, tensor in revert_weight_conversion(model, held).items()
+        ]
+    except Exception:  # not its class, another release of it, or a configuration of code of its own
+        return {}
+    return {key: file for file, key in stored if key is not None and key != file}
+
+
 def matching(patterns: Sequence[str], names: Sequence[str]) -> str | None:
     """The first of ``patterns`` that one of ``names`` matches (`fnmatch`, case counts), or None."""
     return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
@@ -119,6 +157,11 @@ def is_recomputed(name: str) -> bool:
 def is_statistics(name: str) -> bool:
     """A running mean or variance, as BatchNorm keeps them."""
     return bool(_STATISTICS.search(name))
+
+
+def is_pooler(name: str) -> bool:
+    """Part of what sums up a sequence for a head; many encoders come without one."""
+    return bool(_POOLER.search(name))
 
 
 def is_vocabulary(name: str) -> bool:

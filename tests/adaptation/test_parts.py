@@ -208,6 +208,28 @@ def test_the_key_follows_the_content_not_the_path(tmp_path):
     assert one == cache.content_of(open_weights({"x": torch.zeros(3)}), {})
 
 
+def test_the_key_follows_what_the_weights_are_used_with(tmp_path):
+    """The activation that a model has, the scale of an adapter: other answers from the same tensors."""
+    from adamerging.weights import sha256_file
+    from models import save_bert
+    from tiny_tasks import save_adapter
+
+    def content(path):
+        opened = open_weights(path, base=open_weights(tmp_path / "base"))
+        return cache.content_of(opened, {p: sha256_file(p) for p in opened.files})
+
+    save_bert(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base", 1)
+    for path, key, value in (
+        ("base/config", "hidden_act", "relu"),
+        ("adapter/adapter_config", "lora_alpha", 64),
+    ):
+        folder, file = tmp_path / path.partition("/")[0], tmp_path / f"{path}.json"
+        before = content(folder)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        assert content(folder) != before
+
+
 # --- warnings
 
 

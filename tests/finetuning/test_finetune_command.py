@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from adamerging.adaptation.scoring import EXPERT
+from adamerging.finetuning.settings import FinetuneSettings
+from adamerging.finetuning.train import identify
 from finetuning_data import COUNTS, QUICK, Net, write_images, write_texts
 
 Cli = Callable[..., Any]
@@ -68,6 +71,33 @@ def test_other_data_make_another_expert(cli: Cli, recipe: Recipe, tmp_path: Path
     assert refused.code == 6 and "train was" in refused.err
 
 
+def test_a_kept_expert_is_scored_on_test_data_that_are_new(cli: Cli, recipe: Recipe, tmp_path: Path) -> None:
+    task = {split: f"data/colours/{split}.jsonl" for split in ("train", "val")}
+    folder, quick = tmp_path / "experts" / "colours", {**QUICK, "epochs": 1}
+
+    def run(*flags: str, epochs: int = 1, **more: str) -> Any:
+        path = recipe(tasks={"colours": {**task, **more}}, settings={**quick, "epochs": epochs})
+        done = cli("finetune", path, "--json", *flags)
+        assert done.code == 0, done.err
+        return json.loads(done.out)["experts"][0]
+
+    assert run()["test_accuracy"] is None
+    weights = (folder / "model.safetensors").read_bytes()
+    first = run(test="data/colours/test.jsonl")
+    assert first["status"] == "kept" and first["test_accuracy"] > 0.4
+    # Labels the other way round are other data, and what was right is wrong.
+    rows = [json.loads(row) for row in (tmp_path / "data/colours/test.jsonl").read_text().splitlines()]
+    turned = [json.dumps({**row, "label": 1 - row["label"]}) for row in rows]
+    (tmp_path / "data" / "colours" / "turned.jsonl").write_text("\n".join(turned), encoding="utf-8")
+    assert "test_accuracy" not in run("--dry-run", test="data/colours/turned.jsonl")
+    second = run(test="data/colours/turned.jsonl")
+    assert second["test_accuracy"] == pytest.approx(1 - first["test_accuracy"])
+    assert (folder / "model.safetensors").read_bytes() == weights
+    again = run("--overwrite", "--dry-run", epochs=3, test="data/colours/test.jsonl")
+    assert again["status"] == "to train" and again["settings"]["epochs"] == 3.0
+    assert "test_accuracy" not in again and "key" not in again
+
+
 def test_a_dry_run_checks_and_writes_nothing(cli: Cli, recipe: Recipe, tmp_path: Path) -> None:
     done = cli("finetune", recipe(), "--dry-run")
     assert done.code == 0 and "to train" in done.out and "Nothing was written" in done.out
@@ -116,6 +146,33 @@ def test_a_zero_shot_head_is_made_from_templates_and_stays(cli: Cli, recipe: Rec
     head = load_file(folder / "heads" / "colours.safetensors")["weight"]
     torch.testing.assert_close(head.norm(dim=-1), torch.full((2,), 30.0))
     assert (folder / "modules.json").is_file()
+
+
+def test_experts_of_an_encoder_without_a_pooler_merge(
+    cli: Cli, recipe: Recipe, tmp_path: Path, text_base: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = Path(shutil.copytree(text_base, tmp_path / "bare"))
+    transformers.BertModel.from_pretrained(text_base, add_pooling_layer=False).save_pretrained(base)
+    tasks: dict[str, Any] = {
+        name: {split: f"data/{name}/{split}.jsonl" for split in ("train", "val", "test")}
+        for name in ("colours", "sizes")
+    }
+    tasks["sizes"]["kind"] = "text_embedding"
+    path = recipe(base=str(base), tasks=tasks, settings={**QUICK, "epochs": 1})
+    done = cli("finetune", path, "--json")
+    assert done.code == 0, done.err
+    # A pooler that is trained is part of the head; one that nothing uses is not written.
+    assert "bert.pooler.dense.weight" in tensors(tmp_path / "experts" / "colours")
+    assert not any("pooler" in name for name in tensors(tmp_path / "experts" / "sizes"))
+    experts = [f"{name}={tmp_path / 'experts' / name}" for name in tasks]
+    scored = ["--test", f"colours={tmp_path / 'data' / 'colours' / 'test.jsonl'}"]
+    merged = cli("merge", base, *experts, *scored, "--out", tmp_path / "merged", "--json")
+    assert merged.code == 0, merged.err
+    assert "the pooler, which the base lacks" in merged.out
+    rows = json.loads(merged.out)["scores"]["records"]
+    recorded = json.loads(done.out)["experts"][0]["test_accuracy"]
+    assert [row["accuracy"] for row in rows if row["model"] == EXPERT] == [pytest.approx(recorded)]
 
 
 def test_lora_writes_an_adapter_that_merges(
@@ -215,6 +272,46 @@ def test_frozen_batchnorm_layers_keep_their_statistics(cli: Cli, network: Path, 
     assert not torch.equal(base["conv.weight"], found["conv.weight"])
 
 
+def test_another_collate_makes_another_expert_but_records_of_before_say_nothing_of_it(
+    cli: Cli, network: Path, tmp_path: Path
+) -> None:
+    fields = yaml.safe_load(network.read_text(encoding="utf-8"))
+    fields["settings"]["epochs"] = 1
+    network.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    assert cli("finetune", network, "--tasks", "a").code == 0
+    fields["tasks"]["a"]["collate"] = "finetuning_data:np.stack"
+    network.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    other = cli("finetune", network, "--tasks", "a")
+    assert other.code == 6 and "collate was" in other.err
+    record = json.loads((tmp_path / "out" / "a" / "finetune.json").read_text(encoding="utf-8"))
+    told = {name: v for name, v in record["settings"].items() if name not in ("collate", "forward")}
+    own = {name: told.pop(name) for name in FinetuneSettings.model_fields}
+    settings, key = identify(FinetuneSettings.model_validate(own), told)
+    former = json.dumps({**record, "settings": settings, "key": key})
+    (tmp_path / "out" / "a" / "finetune.json").write_text(former, encoding="utf-8")
+    kept = cli("finetune", network, "--tasks", "a", "--json")
+    assert [each["status"] for each in json.loads(kept.out)["experts"]] == ["kept"]
+
+
+def test_options_that_the_model_does_not_take_are_named(cli: Cli, network: Path) -> None:
+    fields = yaml.safe_load(network.read_text(encoding="utf-8"))
+    fields["tasks"]["b"]["model_options"] = {"clases": 3}
+    network.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    done = cli("finetune", network, "--tasks", "b")
+    assert done.code == 2 and "'clases'; look at model_options" in done.err
+
+
+@pytest.mark.parametrize("templates", [[], ["a {}"]])
+def test_a_base_that_transformers_does_not_know_is_refused(
+    cli: Cli, recipe: Recipe, tmp_path: Path, text_base: Path, templates: list[str]
+) -> None:
+    base = Path(shutil.copytree(text_base, tmp_path / "odd"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "odd"}), encoding="utf-8")
+    done = cli("finetune", recipe(base=str(base), tasks={"colours": {**TASK, "templates": templates}}))
+    assert done.code == 3 and "knows no model_type 'odd'" in done.err
+
+
 def test_a_wrong_number_of_outputs_is_refused(cli: Cli, network: Path) -> None:
     fields = yaml.safe_load(network.read_text(encoding="utf-8"))
     fields["tasks"]["b"]["model_options"] = {"classes": 5}
@@ -224,6 +321,7 @@ def test_a_wrong_number_of_outputs_is_refused(cli: Cli, network: Path) -> None:
 
 
 TASK = {split: f"data/colours/{split}.jsonl" for split in ("train", "val", "test")}
+PICTURES = {split: f"pictures.npz:{split}" for split in ("train", "val", "test")}
 
 
 @pytest.mark.parametrize(
@@ -245,9 +343,11 @@ TASK = {split: f"data/colours/{split}.jsonl" for split in ("train", "val", "test
         ({"tasks": {}}, 2, "tasks"),
         ({"tasks": {"../x": TASK}}, 2, "cannot be a task's name"),
         ({"tasks": {"colours": {**TASK, "templates": ["no place"]}}}, 2, "where the class's name goes"),
-        ({"tasks": {"colours": {**TASK, "kind": "image"}}}, 3, "has no AutoModelForImageClassification"),
+        ({"tasks": {"colours": {**PICTURES, "kind": "image"}}}, 3, "has no AutoModelForImageClassification"),
         ({"tasks": {"colours": {**TASK, "kind": "module"}}}, 2, "name what makes its model"),
         ({"tasks": {"colours": {**TASK, "collate": "a:b"}}}, 2, "has no use for: collate"),
+        ({"tasks": {"colours": {**TASK, "scale": 5.0}}}, 2, "has no use for: scale"),
+        ({"tasks": {"colours": {**TASK, "kind": "image_zero_shot"}}}, 2, "image_zero_shot cannot be trained"),
         ({"settings": {**QUICK, "lora": {"targets": ["nothing"]}}}, 2, "lora.targets"),
         ({"settings": {**QUICK, "lora": {}, "freeze": ["*"]}}, 2, "exclude each other"),
         ({"multitask": True, "settings": {**QUICK, "lora": {}}}, 2, "multitask trains whole weights"),
@@ -257,6 +357,7 @@ TASK = {split: f"data/colours/{split}.jsonl" for split in ("train", "val", "test
 def test_what_does_not_fit_is_said_and_nothing_is_left_behind(
     cli: Cli, recipe: Recipe, tmp_path: Path, changes: dict[str, Any], code: int, message: str
 ) -> None:
+    write_images(tmp_path / "pictures.npz", 2, COUNTS)
     done = cli("finetune", recipe(**changes))
     assert done.code == code, done.err
     assert message in done.err and "Traceback" not in done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adamerging.errors import AdamergingError, UsageError
+from adamerging.errors import AdamergingError, MissingExtraError, PlanError, UsageError
 from adamerging.finetuning.processes import Say, in_processes
 from interrupts import hear_interrupts
 
@@ -62,6 +63,16 @@ def test_the_first_error_ends_the_others(tmp_path: Path, name: str, said: str) -
         run(tmp_path, "long", name)
     assert time.monotonic() - started < 50
     assert not (tmp_path / "long").exists() or ends(tmp_path / "long")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MissingExtraError("peft", "lora", "an adapter"), PlanError(["one", "two"], "Do so."), UsageError("x")],
+)
+def test_errors_reach_another_process_as_they_are(error: AdamergingError) -> None:
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error) and str(found) == str(error)
+    assert vars(found) == vars(error)
 
 
 ALONE = """

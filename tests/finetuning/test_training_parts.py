@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from adamerging.errors import UsageError
-from adamerging.finetuning.batches import interleaved, shuffled
-from adamerging.finetuning.heads import prompts_of
+from adamerging.finetuning.batches import batch_count, interleaved, shuffled
+from adamerging.finetuning.heads import prompts_of, zero_shot_head
 from adamerging.finetuning.loop import _schedule
 from adamerging.finetuning.record import content_key, differences
 from adamerging.finetuning.settings import FinetuneSettings, over
@@ -24,6 +28,18 @@ def test_an_epoch_sees_every_sample_once(count: int, size: int, seed: int, sort:
     batches = shuffled(costs, count, size, generator)
     assert sorted(torch.cat(batches).tolist()) == list(range(count))
     assert len(batches) == -(-count // size) and max(map(len, batches)) <= size
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 300), size=st.integers(1, 40), least=st.integers(1, 2), sort=st.booleans())
+def test_a_last_batch_that_is_too_small_joins_the_one_before(
+    count: int, size: int, least: int, sort: bool
+) -> None:
+    costs = [1 + (7 * index) % 13 for index in range(count)] if sort else None
+    batches = shuffled(costs, count, size, torch.Generator().manual_seed(0), least)
+    assert sorted(torch.cat(batches).tolist()) == list(range(count))
+    assert len(batches) == batch_count(count, size, least)
+    assert min(map(len, batches)) >= min(count, size, least) and max(map(len, batches)) <= size + least - 1
 
 
 def test_batches_hold_texts_of_like_length_in_random_order() -> None:
@@ -86,6 +102,17 @@ def test_special_settings_win_over_general_ones_even_when_they_are_defaults() ->
     general = FinetuneSettings.model_validate({"epochs": 5.0, "seed": 3})
     special = FinetuneSettings.model_validate({"epochs": 2.0})
     assert (over(general, special).epochs, over(general, special).seed) == (2.0, 3)
+
+
+def test_making_a_zero_shot_head_draws_nothing(tmp_path: Path, text_base: Path) -> None:
+    """A pooler that the base lacks is drawn on loading; a run that goes on makes the head at another time."""
+    base = Path(shutil.copytree(text_base, tmp_path / "bare"))
+    tensors = load_file(base / "model.safetensors")
+    body = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+    save_file(body, base / "model.safetensors", {"format": "pt"})
+    before = torch.random.get_rng_state()
+    zero_shot_head(base, [["word1"], ["word2"]])
+    assert len(body) < len(tensors) and torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_prompts_are_templates_filled_with_readable_names() -> None:

@@ -140,6 +140,41 @@ def test_gives_what_peft_merges(tmp_path: Path, case: str, with_base: bool) -> N
     assert wanted - set(adapter.specs) <= {"lm_head.weight"}
 
 
+@pytest.mark.parametrize(("on_body", "base_has_head"), [(False, False), (False, True), (True, True)])
+def test_names_in_memory_become_those_of_the_bases_files(
+    tmp_path: Path, on_body: bool, base_has_head: bool
+) -> None:
+    """transformers 5 holds a ViT in memory under other names than its files have."""
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=4,
+        patch_size=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config)
+    (model if base_has_head else model.vit).save_pretrained(tmp_path / "base")
+    base = open_weights(tmp_path / "base")
+    wrapped = peft.get_peft_model(
+        model.vit if on_body else model,
+        peft.LoraConfig(
+            target_modules="all-linear", exclude_modules=["classifier"], r=2, bias="all",
+            rank_pattern={"fc1": 3},
+        ),
+    )  # fmt: skip
+    randomise(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    adapter = open_weights(tmp_path / "adapter", base=base)
+    expected = load_file(tmp_path / "merged" / "model.safetensors")
+    lead = f"{model.base_model_prefix}."
+    start = {name if base_has_head else lead + name: base.read(name) for name in base.specs}
+    if on_body:
+        start = {name.removeprefix(lead): tensor for name, tensor in start.items() if lead in name}
+    assert len(adapter.low_rank) >= 12 and set(adapter.low_rank) <= set(start)
+    ours = applied(start, adapter)
+    for name in start:
+        torch.testing.assert_close(ours[name], expected[name])
+
+
 def test_linear_beside_conv1d_needs_the_base(tmp_path: Path) -> None:
     """PEFT saves the flag of the last layer it met, here a linear one; square weights must not follow it."""
     base = {name: tensor.clone() for name, tensor in gpt2().state_dict().items()}
@@ -190,7 +225,7 @@ def test_label_files_metadata_and_the_single_file(tmp_path: Path) -> None:
     )
     adapter = open_weights(tmp_path)
     assert adapter.label == str(tmp_path)
-    assert adapter.files == (tmp_path / "adapter_model.safetensors",)
+    assert adapter.files == (tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json")
     assert adapter.folder == tmp_path
     assert adapter.metadata["base_model_name_or_path"] == "org/base"
     assert adapter.metadata["base_model_checked"] == "no"

@@ -449,8 +449,8 @@ def estimate_statistics(learners: Sequence[Learner], body: Body, rounds: int) ->
             raise
         alone = ", ".join(learner.task.name for learner in learners if len(learner.train) == 1)
         raise UsageError(
-            f"BatchNorm has no statistics of one sample, and there are no more to learn from for {alone}. Give "
-            "more unlabeled data, or hold less out (held_out)"
+            f"BatchNorm has no statistics of one sample, and there are no more to learn from for {alone}. "
+            "Give more unlabeled data, or hold less out (held_out)"
         ) from None
 
 

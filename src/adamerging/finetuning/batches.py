@@ -11,7 +11,9 @@ STRETCH = 50
 """Batches within which samples are sorted by length: little padding, and still a random order."""
 
 
-def shuffled(costs: Sequence[int] | None, count: int, size: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled(
+    costs: Sequence[int] | None, count: int, size: int, generator: torch.Generator, least: int = 1
+) -> list[Tensor]:
     """One epoch: every sample once, batches of like cost in random order.
 
     Args:
@@ -19,19 +21,33 @@ def shuffled(costs: Sequence[int] | None, count: int, size: int, generator: torc
         count: samples.
         size: samples a batch; the last may have fewer.
         generator: decides the order.
+        least: a last batch of fewer joins the one before.
 
     Returns:
         The indices of each batch.
     """
     order = torch.randperm(count, generator=generator)
     if costs is None:
-        return list(torch.split(order, size))
+        return _joined(list(torch.split(order, size)), least)
     lengths = torch.tensor(costs)
     batches: list[Tensor] = []
     for stretch in torch.split(order, STRETCH * size):
         by_length = stretch[lengths[stretch].argsort(stable=True)]
         batches.extend(torch.split(by_length, size))
+    batches = _joined(batches, least)
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def batch_count(count: int, size: int, least: int = 1) -> int:
+    """How many batches `shuffled` makes."""
+    whole, rest = divmod(count, size)
+    return whole + (rest >= least if whole and rest else rest > 0)
+
+
+def _joined(batches: list[Tensor], least: int) -> list[Tensor]:
+    if len(batches) > 1 and len(batches[-1]) < min(least, len(batches[0])):
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def interleaved(

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..tasks.huggingface import load_from, quiet
+from ..tasks.huggingface import configuration, load_from, quiet
 from ..tasks.prompts import fill_templates
 from ..tasks.text_classification import pool, pooling_of
 from ..weights import open_weights
@@ -42,12 +42,16 @@ def zero_shot_head(
 
     Returns:
         Weight ``(classes, width)``; the embedding times its transpose are the logits.
+
+    Raises:
+        WeightsError: transformers does not know the base.
     """
     opened = open_weights(base)
     pooling = pooling_of(opened, opened)
     folder = opened.folder or Path(base)
     tokenizer = load_from(transformers.AutoTokenizer, folder)
-    with quiet():
+    configuration(opened)
+    with quiet(), torch.random.fork_rng(devices=[]):  # a pooler that the base lacks is drawn, and not used
         encoder = transformers.AutoModel.from_pretrained(str(folder)).float().eval()
     rows = []
     with torch.inference_mode():

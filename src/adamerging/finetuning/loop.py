@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteError, UsageError
 from ..evaluation.inference import logits_of
-from ..tasks.task import Inputs, Samples
-from .batches import interleaved, shuffled
+from ..tasks.task import Inputs, Samples, Task
+from .batches import batch_count, interleaved, shuffled
 from .learner import Learner
 from .settings import FinetuneSettings
 
@@ -103,10 +103,14 @@ def share_body(learners: Sequence[Learner]) -> None:
 
 
 def accuracy_on(learner: Learner, samples: Samples, batch_size: int) -> float:
-    """Share of labelled samples that a model gets right, from 0 to 1."""
+    """Share of labelled samples that a learner's model gets right, from 0 to 1."""
+    return right(learner.module.eval(), learner.task, samples, batch_size)
+
+
+def right(module: nn.Module, task: Task, samples: Samples, batch_size: int) -> float:
+    """Share of labelled samples that a model in evaluation mode gets right, from 0 to 1."""
     assert samples.labels is not None
-    learner.module.eval()
-    found = logits_of(learner.module, learner.task, samples, batch_size=batch_size).argmax(-1)
+    found = logits_of(module, task, samples, batch_size=batch_size).argmax(-1)
     return int((found == torch.tensor(list(samples.labels))).sum()) / len(samples)
 
 
@@ -145,7 +149,9 @@ def _fit(
 ) -> list[dict[str, Any]]:
     size = settings.batch_size
     costs = [each.task.costs(each.train) if each.task.costs else None for each in learners]
-    per_epoch = sum(math.ceil(len(each.train) / size) for each in learners)
+    least = [2 if _has_batchnorm(each.module) else 1 for each in learners]  # one has no variance
+    pairs = list(zip(learners, least, strict=True))
+    per_epoch = sum(batch_count(len(each.train), size, fewest) for each, fewest in pairs)
     total = max(1, round(epochs * per_epoch))
     optimizer = _optimizer(learners, settings)
     schedule = _schedule(optimizer, total, settings.warmup)
@@ -154,8 +160,8 @@ def _fit(
     best_worth, stale, step = -math.inf, 0, 0
     while step < total and stale < settings.patience:
         orders = [
-            shuffled(cost, len(each.train), size, generator)
-            for each, cost in zip(learners, costs, strict=True)
+            shuffled(cost, len(each.train), size, generator, fewest)
+            for (each, fewest), cost in zip(pairs, costs, strict=True)
         ]
         losses = []
         for number, indices in interleaved(orders, generator):
@@ -190,7 +196,7 @@ def _step(
     batch = _on(learner.task.collate([train.inputs[i] for i in indices.tolist()]), device, settings)
     assert train.labels is not None
     labels = torch.tensor([train.labels[i] for i in indices.tolist()], device=device)
-    _train_mode(module)
+    _train_mode(learner, settings)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = learner.task.forward(module, batch)
     loss = nn.functional.cross_entropy(logits.float(), labels)
@@ -222,12 +228,23 @@ def _on(batch: Inputs, device: torch.device, settings: FinetuneSettings) -> Inpu
     }
 
 
-def _train_mode(module: nn.Module) -> None:
-    """Training mode; but BatchNorm layers that are frozen keep their statistics too."""
-    module.train()
-    for part in module.modules():
-        if isinstance(part, _BATCHNORM) and not any(p.requires_grad for p in part.parameters()):
-            part.eval()
+def _train_mode(learner: Learner, settings: FinetuneSettings) -> None:
+    """Training mode; but BatchNorm layers that are frozen keep their statistics too.
+
+    One without parameters is frozen with the whole body, or where an adapter is trained, which has no room
+    for statistics.
+    """
+    learner.module.train()
+    still = settings.lora is not None or learner.trained().keys() <= learner.head
+    for part in learner.module.modules():
+        if isinstance(part, _BATCHNORM):
+            own = [p.requires_grad for p in part.parameters()]
+            if not any(own) and (own or still):
+                part.eval()
+
+
+def _has_batchnorm(module: nn.Module) -> bool:
+    return any(isinstance(part, _BATCHNORM) for part in module.modules())
 
 
 def _evaluate(learners: Sequence[Learner], epoch: float, losses: list[float], size: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def module_learner(
         about: what `module.json` says: the function's name and options.
 
     Raises:
-        UsageError: the model gives another number of logits than there are classes.
+        UsageError: the model cannot be made, or gives another number of logits than there are classes.
         WeightsError: no tensor of the base is one of the module's.
     """
     task = module_task(
@@ -60,10 +60,6 @@ def module_learner(
     )
     module = _fresh(name, model)
     head = _fill(module, base)
-    if settings.batchnorm_momentum is not None:
-        for part in module.modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.momentum = settings.batchnorm_momentum
     with torch.inference_mode():
         width = task.forward(module.eval(), task.collate([train.inputs[0]])).shape[-1]
     if width != len(label_names):
@@ -78,7 +74,8 @@ def module_learner(
         if hasattr(trained, "peft_config"):
             save_adapter(trained, folder)
         else:
-            tensors = {key: tensor.contiguous() for key, tensor in trained.state_dict().items()}
+            # safetensors takes no memory that two names share, as tied weights do
+            tensors = {key: tensor.clone().contiguous() for key, tensor in trained.state_dict().items()}
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         text = json.dumps({**(about or {}), "label_names": list(label_names)}, indent=2, ensure_ascii=False)
         (folder / FACTORY).write_text(text + "\n", encoding="utf-8")
@@ -87,7 +84,12 @@ def module_learner(
 
 
 def _fresh(name: str, model: Callable[[], nn.Module] | nn.Module) -> nn.Module:
-    made = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    try:
+        made = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+    except TypeError as error:
+        raise UsageError(
+            f"task '{name}': what makes the model cannot be called so: {error}; look at model_options"
+        ) from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"task '{name}': model() made a {type(made).__name__}, not an nn.Module")
     return made.requires_grad_(True)

@@ -30,6 +30,7 @@ class FinetuneResult:
         settings: everything that decided the result, see `content_key`.
         key: identifies settings, data and base.
         machine: device, threads, precision and versions.
+        test_data: fingerprint of the test data.
     """
 
     val_accuracy: float
@@ -43,6 +44,7 @@ class FinetuneResult:
     settings: dict[str, Any]
     key: str
     machine: dict[str, Any]
+    test_data: str | None = None
 
 
 def content_key(settings: Mapping[str, Any]) -> str:

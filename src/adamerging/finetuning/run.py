@@ -15,15 +15,19 @@ import torch
 from ..errors import OutputError, UsageError
 from ..naming import architecture
 from ..tasks.data import DataKind, Fields, read_samples
+from ..tasks.image_classification import image_task
+from ..tasks.module import module_task
 from ..tasks.resolve import factory, named
 from ..tasks.spec import Kind
-from ..tasks.task import Samples
+from ..tasks.task import Samples, Task
+from ..tasks.text_classification import embedding_text_task, text_task
 from ..weights import Weights, open_weights, sha256_file
 from .heads import prompts_of, zero_shot_head
 from .learner import Learner, checked, classes_of
 from .modules import module_learner
 from .processes import Say, default_threads, in_processes
 from .record import RECORD, content_key, differences, read_record
+from .rescore import is_stale, rescore
 from .settings import MULTITASK, FinetuneRecipe, FinetuneSettings, FinetuneTask
 from .train import Expert, identify, train
 from .transformers_models import embedding_learner, image_learner, text_learner
@@ -40,10 +44,12 @@ _DATA: Mapping[Kind, DataKind] = {
 }
 _USES: Mapping[Kind, tuple[str, ...]] = {
     "text": ("pair_field",),
-    "text_embedding": ("templates",),
+    "text_embedding": ("templates", "scale"),
     "image": (),
     "module": ("model", "model_options", "collate", "forward"),
 }
+_LATER = frozenset({"collate", "forward"})
+"""What records did not say at first. An expert of such a record is kept: nothing tells that they changed."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,15 @@ class Job:
         """Of each folder, with its record as it is on disk."""
         pairs = zip(self.parts, self.experts, strict=True)
         prefix = f"{MULTITASK}/" if self.name == MULTITASK else ""
-        return [
-            Outcome(prefix + p.name, e.out, status, read_record(e.out) or {"settings": e.settings})
-            for p, e in pairs
-        ]
+        return [Outcome(prefix + p.name, e.out, status, _record_of(p, e, status)) for p, e in pairs]
+
+    def rescore(self, say: Say) -> None:
+        """Score its experts again that were scored on other test data."""
+        for part, expert in zip(self.parts, self.experts, strict=True):
+            record = read_record(expert.out)
+            if record is not None and part.test is not None and is_stale(record, part.test):
+                say(self.name, f"{expert.out.name} is kept, and scored on {part.test.source}")
+                rescore(expert.out, record, part.scored(), part.base, part.test)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,21 @@ class Part:
             forward=named(spec.forward), about={"model": spec.model, "model_options": spec.model_options},
         )  # fmt: skip
 
+    def scored(self) -> Task:
+        """The task of its finished expert, to score it on the test data."""
+        data: tuple[str, None, Samples | None] = (self.name, None, self.test)
+        names, spec = self.label_names, self.spec
+        if self.kind == "text":
+            return text_task(*data, label_names=names)  # of the length that the expert was trained with
+        if self.kind == "text_embedding":
+            return embedding_text_task(*data, label_names=names)
+        if self.kind == "image":
+            return image_task(*data, label_names=names)
+        return module_task(
+            *data, model=factory(str(spec.model), spec.model_options), collate=named(spec.collate),
+            forward=named(spec.forward), label_names=names,
+        )  # fmt: skip
+
     @cached_property
     def head(self) -> torch.Tensor:
         """The zero-shot head of a text_embedding task."""
@@ -124,8 +150,7 @@ class Part:
 
     def identity(self) -> dict[str, Any]:
         """What decides the expert beside the settings of the training."""
-        spec = self.spec.model_dump(include={"templates", "scale", "model", "model_options"})
-        uses = {key: spec[key] for key in ("scale", *_USES[self.kind]) if key in spec}
+        uses = {key: getattr(self.spec, key) for key in ("scale", *_USES[self.kind])}
         return {
             **(uses if self.kind in ("text_embedding", "module") else {}),
             "kind": self.kind,
@@ -147,6 +172,7 @@ def finetune(
 
     All data is read and checked before anything is trained. An expert that an earlier run has made from the
     same settings, data and base is kept; a run that was interrupted goes on with the task where it stopped.
+    One that is kept is scored again where its test data are others than then.
 
     Args:
         recipe: see `load_finetune_recipe`.
@@ -174,6 +200,11 @@ def finetune(
         with torch_threads(recipe.threads):
             for job in waiting:
                 run_job(job, recipe.device, say, on_step)
+    if not dry_run:
+        with torch_threads(recipe.threads):
+            for job in jobs:
+                if job.done:
+                    job.rescore(say)
     trained: Status = "to train" if dry_run else "trained"
     return [outcome for job in jobs for outcome in job.outcomes("kept" if job.done else trained)]
 
@@ -240,7 +271,7 @@ def is_done(expert: Expert, *, overwrite: bool) -> bool:
     if not expert.out.exists():
         return False
     record = read_record(expert.out)
-    if record is not None and record.get("key") == expert.key:
+    if record is not None and record.get("key") == (_former_key(record, expert) or expert.key):
         return True
     if overwrite:
         return False
@@ -255,6 +286,24 @@ def is_done(expert: Expert, *, overwrite: bool) -> bool:
         f"{expert.out} was made otherwise: {'; '.join(found) or 'by another version'}. Choose another "
         "--out, or pass --overwrite to train it again"
     )
+
+
+def _former_key(record: Mapping[str, Any], expert: Expert) -> str | None:
+    """The key that the expert had while `_LATER` was not counted; None where the record is of after that."""
+    if _LATER & (record.get("settings") or {}).keys():
+        return None
+    own = {name: expert.settings[name] for name in FinetuneSettings.model_fields}
+    others = {name: v for name, v in expert.settings.items() if name not in {*own, *_LATER}}
+    return identify(FinetuneSettings.model_validate(own), others)[1]
+
+
+def _record_of(part: Part, expert: Expert, status: Status) -> dict[str, Any]:
+    """What an outcome says: of what is yet to be trained, nothing that an earlier training was."""
+    record = read_record(expert.out) if status != "to train" else None
+    if record is None:
+        return {"settings": expert.settings}
+    stale = is_stale(record, part.test)
+    return {name: value for name, value in record.items() if not (stale and name == "test_accuracy")}
 
 
 def run_job(job: Job, device: str | None, say: Say, on_step: OnStep) -> None:
@@ -290,8 +339,10 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 def _part(name: str, spec: FinetuneTask, base: Weights, digest: str) -> Part:
     kind = spec.kind or _guess_kind(name, spec, base)
+    if kind not in _USES:
+        raise UsageError(f"task '{name}': kind {kind} cannot be trained, only {', '.join(_USES)}")
     useless = [key for each in _USES.values() for key in each if key not in _USES[kind]]
-    given = [key for key in useless if getattr(spec, key) not in (None, {}, [])]
+    given = [key for key in useless if key in spec.model_fields_set and getattr(spec, key)]
     if given:
         raise UsageError(f"task '{name}' is of kind {kind}, which has no use for: {', '.join(given)}")
     if kind == "module" and spec.model is None:

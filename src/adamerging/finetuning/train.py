@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..errors import UsageError
@@ -24,9 +25,10 @@ from .transformers_models import word_embeddings
 
 
 def identify(settings: FinetuneSettings, others: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """All settings, for the record, and their key: over those that are no defaults, and all others."""
-    given = settings.model_dump(exclude_defaults=True)
-    return {**settings.model_dump(), **others}, content_key({**given, **others})
+    """All settings, for the record, and their key: over those that are no defaults, and others but None."""
+    given = {name: value for name, value in others.items() if value is not None}
+    key = content_key({**settings.model_dump(exclude_defaults=True), **given})
+    return {**settings.model_dump(), **others}, key
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,19 @@ def train(
             learners, settings, generator=generator, bf16=bf16, say=say, on_step=on_step
         )  # fmt: skip
     top = max(history, key=worth)
+    size = 2 * settings.batch_size
+    # All before the first is written: that takes the parameters, which may be shared, off the device.
+    scores = [
+        None if expert.test is None else accuracy_on(learner, expert.test, size)
+        for learner, expert in zip(learners, experts, strict=True)
+    ]
     results = []
-    for learner, expert in zip(learners, experts, strict=True):
+    for learner, expert, score in zip(learners, experts, scores, strict=True):
         parameters = list(learner.module.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        size = 2 * settings.batch_size
         result = FinetuneResult(
             val_accuracy=top.get("val_by_task", {}).get(learner.name, top["val_accuracy"]),
-            test_accuracy=None if expert.test is None else accuracy_on(learner, expert.test, size),
+            test_accuracy=score,
             best_epoch=top["epoch"],
             epochs_run=history[-1]["epoch"],
             history=history,
@@ -108,6 +115,7 @@ def train(
                 "device": str(place), "threads": torch.get_num_threads(), "bf16": bf16,
                 "torch": torch.__version__, "adamerging": __version__,
             },
+            test_data=None if expert.test is None else expert.test.fingerprint,
         )  # fmt: skip
         write(learner, expert.out, result, overwrite=overwrite)
         results.append(result)
@@ -166,6 +174,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[torch.Generator]:
 def prepare_learner(learner: Learner, settings: FinetuneSettings, device: torch.device) -> None:
     """Bring a learner to its device and freeze what is not to learn. Raises as `train`."""
     learner.module.to(device)
+    if settings.batchnorm_momentum is not None:
+        for part in learner.module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.momentum = settings.batchnorm_momentum
     if settings.channels_last:
         learner.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.lora is not None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError, WeightsError
-from ..tasks.huggingface import processor_folder, quiet, read_json, tokenizer_of
+from ..tasks.huggingface import configuration, processor_folder, quiet, read_json, tokenizer_of
 from ..tasks.image_classification import Pixels
 from ..tasks.task import Inputs, Samples, Task
 from ..tasks.text_classification import FixedHead, Tokenised, pooling_of
@@ -56,9 +56,14 @@ def embedding_learner(
 
     Raises:
         UsageError: the head does not fit the classes or the encoder.
+        WeightsError: transformers does not know the base.
     """
+    configuration(base)
     with quiet():
-        module = transformers.AutoModel.from_pretrained(str(_folder(base))).float()
+        module, info = transformers.AutoModel.from_pretrained(str(_folder(base)), output_loading_info=True)
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        module.pooler = None  # drawn at random, of no use to the head, and no tensor of the base's
+    module = module.float()
     width = int(module.config.hidden_size)
     if weight.shape[0] != len(label_names):
         raise UsageError(
@@ -139,9 +144,10 @@ def _classifier(auto: Any, base: Weights, label_names: Sequence[str]) -> tuple[A
     """A model with a new head, and the names of the head's parameters.
 
     The pooler of a BERT classifier belongs to the body: it starts from the base's weights in every expert,
-    so its task vector means what every other tensor's does.
+    so its task vector means what every other tensor's does. Where the base has none, it is part of the head.
     """
     folder = _folder(base)
+    configuration(base)
     with quiet():
         config = transformers.AutoConfig.from_pretrained(str(folder))
         config.num_labels = len(label_names)

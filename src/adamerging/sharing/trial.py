@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
-from ..evaluation.limit import first
 from ..evaluation.inference import Feed, logits_from
+from ..evaluation.limit import first
 from ..run import Prepared
 from ..tasks.task import Samples, Task
 from .blend import Blend

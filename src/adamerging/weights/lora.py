@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .. import naming
 from ..errors import WeightsError
 from .folder import PREFERRED, read_config, read_json_object
 from .formats import open_file
 from .source import Factors, Spec, Weights
 
+T = TypeVar("T")
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -103,7 +105,8 @@ def open_lora(path: Path, base: Weights | None = None) -> Weights:
 
     Returns:
         Weights with the changed tensors in `Weights.low_rank`, and trained biases and ``modules_to_save`` as
-        full tensors, under the names that they have in the model. A change of a linear layer has the shape
+        full tensors, under the names that they have in the model; where transformers holds the model under
+        other names than its files do, under those of the files. A change of a linear layer has the shape
         (out, in), or (in, out) where the weight is stored transposed; of an embedding (rows, width); of a
         convolution (out, in, height, width), or as many dimensions as it has. Metadata has
         ``base_model_name_or_path`` as the adapter states it; ``base_model_checked`` is ``no``: nobody
@@ -120,6 +123,9 @@ def open_lora(path: Path, base: Weights | None = None) -> Weights:
 
     changes, full, kept_bases, problems = _classify(stored)
     _raise_all(folder, problems)
+    files = _names_in_files([*changes, *full], changes, base)
+    changes, full = _renamed(changes, files), _renamed(full, files)
+    kept_bases = _renamed(kept_bases, files)
     _raise_all(folder, list(_misfits(changes, config, stored)), remedy="Fetch or save the adapter again.")
     flipped = _flipped(changes, stored, base, bool(config.get("fan_in_fan_out")))
     specs = {name: _spec(change, stored, name in flipped) for name, change in changes.items()}
@@ -145,7 +151,7 @@ def open_lora(path: Path, base: Weights | None = None) -> Weights:
         reader=lambda name: _read(stored, full[name]),
         low_rank={name: reader_of(name) for name in changes if name not in aliases},
         aliases=aliases,
-        files=stored.files,
+        files=(*stored.files, folder / CONFIG),  # it holds the scale of the change
         metadata={
             **stored.metadata,
             "base_model_name_or_path": str(config.get("base_model_name_or_path") or ""),
@@ -259,6 +265,33 @@ def _unwrapped(name: str) -> str:
     """The name in the model, without the wrappers that PEFT puts around modules."""
     name = re.sub(r"(^|\.)base_layer\.", r"\1", name)
     return re.sub(r"(^|\.)modules_to_save\.(default\.)?", r"\1", name)
+
+
+def _names_in_files(names: Iterable[str], changes: Iterable[str], base: Weights | None) -> Mapping[str, str]:
+    """What the base's files call tensors that transformers has under other names in memory."""
+    if base is None or all(_in_base(name, base) is not None for name in changes):
+        return {}
+    renamed = naming.stored_names(base.config)
+    return {name: _by_part(name, renamed) for name in names if _in_base(name, base) is None}
+
+
+def _renamed(by_name: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    return {names.get(name, name): value for name, value in by_name.items()}
+
+
+def _by_part(name: str, names: Mapping[str, str]) -> str:
+    """A name by a map of names that may have fewer or more leading parts; itself where the map lacks it."""
+    lead, rest = "", name
+    while rest:
+        if rest in names:
+            return lead + names[rest]
+        first, _, rest = rest.partition(".")
+        lead += f"{first}."
+    longer = [(old, new) for old, new in names.items() if old.endswith(f".{name}")]
+    if len(longer) != 1:
+        return name
+    old, new = longer[0]
+    return new.removeprefix(old.removesuffix(name))
 
 
 def _misfits(changes: Mapping[str, _Change], config: Mapping[str, Any], stored: Weights) -> Iterator[str]:

@@ -69,7 +69,8 @@ class Weights:
         low_rank: names that are stored as a low-rank change of the base's tensor (LoRA), with the
             function that reads the factors. Everything in `specs` but not here is a full tensor.
         aliases: tied names, each with the name in `specs` whose tensor it shares.
-        files: the weight files, in reading order, for fingerprints; empty for in-memory weights.
+        files: the weight files, in reading order, for fingerprints, and whatever else their values depend
+            on; empty for in-memory weights.
         shards: file name by tensor name, where the model is stored in several files.
         metadata: string metadata of the weight file (safetensors), as found.
         folder: the folder with ``config.json``, tokenizer and other small files, where there is one.
