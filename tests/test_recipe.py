@@ -132,6 +132,14 @@ def test_paths_are_beside_the_recipe(tmp_path: Path) -> None:
     }
 
 
+def test_lists_of_data_are_beside_the_recipe(tmp_path: Path) -> None:
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text("")
+    text = "base: org/b\nexperts: {a: org/a}\ntasks: {a: {adapt: [one.jsonl, two.jsonl, gone.jsonl]}}\n"
+    found = load(tmp_path, text).tasks["a"].adapt
+    assert found == [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl"), "gone.jsonl"]
+
+
 def test_a_new_folder_with_a_slash_is_beside_the_recipe_too(tmp_path: Path) -> None:
     assert load(tmp_path, "base: org/b\nexperts: {a: org/a}\nout: runs/one\n").out == str(
         tmp_path / "runs/one"

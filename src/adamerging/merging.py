@@ -65,6 +65,12 @@ def check_method(method: Method, vectors: TaskVectors, scale: Schedule | None) -
         check(scale, "scale")
         if isinstance(scale, Mapping):
             raise UsageError("scale multiplies the merged vector and cannot differ by expert; weights can")
+    for entry in vectors.entries():  # rules by name may leave some out
+        place = vectors.places[entry.name]
+        for task in vectors.tasks:
+            value_at(vectors.weights, entry.name, place, task)
+        if scale is not None:
+            value_at(scale, entry.name, place)
 
 
 def check_statistics(method: Method, vectors: TaskVectors) -> None:

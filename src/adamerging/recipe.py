@@ -278,8 +278,8 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
     tasks, adapt = fields.get("tasks"), fields.get("adapt")
     for spec in tasks.values() if isinstance(tasks, dict) else ():
         for key in ("adapt", "evaluate", "tokenizer", "processor", "head", "prompts"):
-            if isinstance(spec, dict) and isinstance(spec.get(key), str):
-                spec[key] = beside(recipe.parent, spec[key])
+            if isinstance(spec, dict) and key in spec:
+                spec[key] = _each_beside(recipe.parent, spec[key])
     compare = fields.get("compare")
     if isinstance(compare, dict) and isinstance(compare.get("models"), dict):
         compare["models"] = {k: _each_beside(recipe.parent, v) for k, v in compare["models"].items()}
@@ -287,8 +287,8 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
     others = unseen.get("tasks") if isinstance(unseen, dict) else None
     for spec in others.values() if isinstance(others, dict) else ():
         for key in ("train", "adapt", "evaluate", "tokenizer", "processor", "head"):
-            if isinstance(spec, dict) and isinstance(spec.get(key), str):
-                spec[key] = beside(recipe.parent, spec[key])
+            if isinstance(spec, dict) and key in spec:
+                spec[key] = _each_beside(recipe.parent, spec[key])
     if isinstance(adapt, dict) and isinstance(adapt.get("coefficients"), str):
         adapt["coefficients"] = beside(recipe.parent, adapt["coefficients"])
     mask = adapt.get("mask") if isinstance(adapt, dict) else None
@@ -296,11 +296,13 @@ def _data_beside(recipe: Path, fields: Mapping[str, Any]) -> None:
         mask["logits"] = beside(recipe.parent, mask["logits"])
 
 
-def _each_beside(folder: Path, model: Any) -> Any:
-    """A path, or paths by task, taken from the folder where they are."""
-    if isinstance(model, dict):
-        return {task: _each_beside(folder, path) for task, path in model.items()}
-    return beside(folder, model) if isinstance(model, str) else model
+def _each_beside(folder: Path, source: Any) -> Any:
+    """A path, a list of some, or paths by name, taken from the folder where they are."""
+    if isinstance(source, dict):
+        return {name: _each_beside(folder, path) for name, path in source.items()}
+    if isinstance(source, list):
+        return [_each_beside(folder, path) for path in source]
+    return beside(folder, source) if isinstance(source, str) else source
 
 
 def _settings_of(adapt: Any) -> Mapping[str, Any]:

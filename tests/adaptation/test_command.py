@@ -212,6 +212,29 @@ def test_a_merge_by_method_with_data_is_scored(cli, root, tmp_path):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tasks": {"stranger": {"kind": "text", "evaluate": "models/trec_test.jsonl"}}}, "stranger"),
+        ({"tasks": {"trec": {"evaluate": "models/gone.jsonl"}}}, "does not exist"),
+        (
+            {"tasks": {"trec": {"adapt": "models/trec_test.jsonl", "evaluate": "models/trec_test.jsonl"}}},
+            "overlap",
+        ),
+        ({"method": "regmean", "tasks": None}, "looks at unlabeled inputs"),
+        ({"scale": [{"match": "*layer.0.*", "value": 1}]}, "no rule matches tensor"),
+        ({"weights": {name: [{"match": "no*", "value": 1}] for name in LABELS}}, "no rule matches tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_dry_run_of_a_method_refuses_what_the_merge_refuses(cli, root, tmp_path, fields, said):
+    path = recipe(root, tmp_path, **{"adapt": None, "method": "ties", **fields})
+    planned, ended = cli("merge", path, "--dry-run"), cli("merge", path)
+    assert planned.code == ended.code == 2
+    assert said in " ".join(planned.err.split())
+    assert planned.err == ended.err
+
+
 def test_the_cache_is_shown_and_cleared(cli, root, tmp_path):
     assert json.loads(cli("cache", "--json").out)["bytes"] == 0
     assert cli("merge", recipe(root, tmp_path)).code == 0

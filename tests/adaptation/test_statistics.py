@@ -154,11 +154,13 @@ def test_the_command_warns_without_data_and_not_with_it(cli, tmp_path):
         np.savez(tmp_path / f"{name}.npz", x=inputs.numpy())
         data[name] = {"adapt": f"{name}.npz", "kind": "module", "model": "adaptation.toy:Net"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    assert "warning: the model has BatchNorm" in cli("merge", tmp_path / "recipe.yaml", "--dry-run").err
     ended = cli("merge", tmp_path / "recipe.yaml")
     assert ended.code == 0, ended.err
     assert "warning: the model has BatchNorm" in ended.err
     assert "--data NAME=FILE" in json.loads((tmp_path / "m" / "run.json").read_text())["warnings"][0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**fields, "tasks": data, "out": "n"}))
+    assert "warning" not in cli("merge", tmp_path / "recipe.yaml", "--dry-run").err
     ended = cli("merge", tmp_path / "recipe.yaml")
     assert ended.code == 0, ended.err
     assert "warning" not in ended.err

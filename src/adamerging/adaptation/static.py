@@ -71,16 +71,13 @@ def merge_with_tasks(
         UsageError: data, and a tokenizer other than the base's; a task without an expert.
         AdamergingError: as `run.merge`.
     """
-    strange = [task.name for task in tasks if task.name not in prepared.vectors.tasks]
-    if strange:
-        raise UsageError("\n".join(f"task '{name}' has no expert" for name in strange))
+    check_data(prepared, tasks)
     if prepared.method.statistics is not None:
         if out is not None:
             check_out(prepared, out, overwrite=overwrite)  # before what takes long
         prints = prints or Fingerprints()
         prepared = with_statistics(prepared, tasks, prints, say)
-    lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
-    estimated = bool(prepared.plan.with_treatment("averaged")) and not lacking
+    estimated = estimates_statistics(prepared, tasks)
     if prepared.method.masks is not None:
         about = _about_masked(prepared, tasks, out, say, estimated) | {"transductive": transductive}
         prepared = replace(prepared, about={**prepared.about, **about})
@@ -109,6 +106,24 @@ def merge_with_tasks(
     return MergeResult(prepared.plan, record, out=folder.target)
 
 
+def check_data(prepared: Prepared, tasks: Sequence[Task]) -> None:
+    """Refuse data that do not fit the merge.
+
+    Raises:
+        UsageError: a task without an expert, or an expert without the unlabeled inputs that the method needs.
+    """
+    strange = [task.name for task in tasks if task.name not in prepared.vectors.tasks]
+    if strange:
+        raise UsageError("\n".join(f"task '{name}' has no expert" for name in strange))
+    check_tasks(prepared.method, prepared.vectors, tasks)
+
+
+def estimates_statistics(prepared: Prepared, tasks: Sequence[Task]) -> bool:
+    """Whether averaged BatchNorm statistics are re-estimated: where every expert has unlabeled data."""
+    lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
+    return bool(prepared.plan.with_treatment("averaged")) and not lacking
+
+
 def with_statistics(
     prepared: Prepared,
     tasks: Sequence[Task],
@@ -122,7 +137,6 @@ def with_statistics(
     """
     _check_tokenizer(prepared)
     vectors, settings = prepared.vectors, prepared.settings
-    check_tasks(prepared.method, vectors, tasks)
     inputs = [vectors.base, *vectors.experts.values()]
     body = Body(vectors, torch.device("cpu"))
     modules = {

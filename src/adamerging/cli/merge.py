@@ -213,11 +213,16 @@ def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_jso
 
     prepared = prepare_recipe(recipe)
     if dry_run:
+        from ..adaptation.adapt import tasks_of
+        from ..adaptation.static import check_data, estimates_statistics
         from ..estimate import estimate
 
+        tasks = tasks_of(recipe, prepared)
+        check_data(prepared, tasks)
         if recipe.out is not None:
             check_out(prepared, recipe.out, overwrite=recipe.overwrite)
-        _show_dry_run(prepared, estimate(prepared, recipe.out), as_json)
+        estimated = estimates_statistics(prepared, tasks) and not prepared.own_statistics
+        _show_dry_run(prepared, estimate(prepared, recipe.out), estimated, as_json)
         return
     with _progress(prepared) as (progress, say):
         if recipe.tasks:
@@ -303,12 +308,12 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
     _tell(show.warn, warnings)
 
 
-def _show_dry_run(prepared: Prepared, estimate: Estimate, as_json: bool) -> None:
+def _show_dry_run(prepared: Prepared, estimate: Estimate, estimated: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ..run import statistics_warning
 
-    warnings = [*_warnings(prepared, []), *statistics_warning(prepared)]
+    warnings = [*_warnings(prepared, []), *([] if estimated else statistics_warning(prepared))]
     wanted = prepared.method.statistics
     if wanted is not None:
         warnings.append(
