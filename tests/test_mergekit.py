@@ -260,6 +260,14 @@ def test_what_makes_a_file_one_of_mergekits() -> None:
     assert not is_mergekit({"base": "base", "experts": {"a": "a"}, "method": "ties"})
 
 
+def test_a_list_of_experts_beside_a_base_is_a_recipe_gone_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: base\nexperts: [a, b]\nmethod: ties\n")
+    with pytest.raises(UsageError, match=r"experts.*NAME: PATH") as caught:
+        load_recipe(path)
+    assert "mergekit" not in str(caught.value)
+
+
 def test_names_dtype_scale_and_paths() -> None:
     models = [
         {"model": "one/ckpt"},

@@ -85,10 +85,10 @@ Rules = list[dict[str, Any]]
 
 
 def is_mergekit(fields: Mapping[str, Any]) -> bool:
-    """Whether a YAML file is one of mergekit's (and not a recipe of this program)."""
-    return bool({"merge_method", "slices", "gate_mode"} & set(fields)) or isinstance(
-        fields.get("experts"), list
-    )
+    """Whether a YAML file is one of mergekit's (and not a recipe of this program, which has a ``base``)."""
+    if {"merge_method", "slices", "gate_mode"} & set(fields):
+        return True
+    return isinstance(fields.get("experts"), list) and "base" not in fields
 
 
 def translate(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:

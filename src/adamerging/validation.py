@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, get_args
@@ -12,6 +13,16 @@ from pydantic import BaseModel, ValidationError
 from .errors import AdamergingError, UsageError
 
 M = TypeVar("M", bound=BaseModel)
+_TYPES = {
+    "string_type": "a text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+"""Pydantic's names of a value that has another type, and what it must be."""
 
 
 def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
@@ -23,9 +34,8 @@ def make(model: type[M], fields: Mapping[str, Any], where: str) -> M:
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        raise UsageError(
-            f"{where}:\n" + "\n".join(f"  - {_explain(model, item)}" for item in error.errors())
-        ) from None
+        said = _explained(model, fields, error.errors())
+        raise UsageError(f"{where}:\n" + "\n".join(f"  - {line}" for line in said)) from None
 
 
 class Problems:
@@ -55,18 +65,67 @@ class Problems:
             raise UsageError(f"{what}:\n{said}")
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+def _explained(model: type[BaseModel], fields: Mapping[str, Any], problems: Iterable[Any]) -> Iterator[str]:
+    """A line for each place; of the types that a value may have, the one that fits it best is spoken of."""
+    at: dict[tuple[Any, ...], list[Any]] = {}
+    for problem in problems:
+        at.setdefault(_place(model, fields, problem["loc"]), []).append(problem)
+    for place, here in at.items():
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in at):
+            yield _explain(model, place, here)
+
+
+def _place(model: type[BaseModel], fields: Mapping[str, Any], path: Iterable[Any]) -> tuple[Any, ...]:
+    """A path without what is neither in the data nor a field: pydantic's names for the types of a union."""
+    place: list[Any] = []
+    value: Any = fields
+    for part in path:
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(part, int):
+            value = value[part] if isinstance(value, list | tuple) and part < len(value) else None
+        elif part == "[key]" or part in _record_at(model, place).model_fields:
+            value = None
+        else:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _explain(model: type[BaseModel], place: Sequence[Any], problems: Sequence[Any]) -> str:
+    key, problem = ".".join(str(part) for part in place), problems[0]
     if problem["type"] == "extra_forbidden":
-        known = _record_at(model, problem["loc"][:-1]).model_fields
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.4)
+        known = _record_at(model, place[:-1]).model_fields
+        close = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.4)
         return f"unknown key '{key}'" + (
             f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
         )
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _message(place, problems)
     return f"{key} (={problem['input']!r}): {message}" if key else message
+
+
+def _message(place: Sequence[Any], problems: Sequence[Any]) -> str:
+    """What a value must be; how to write it where that is plain."""
+    value, kinds = problems[0]["input"], {problem["type"]: None for problem in problems}
+    listed = "list_type" in kinds and kinds.keys() <= {"list_type", "string_type"}
+    one = isinstance(value, str) or (isinstance(value, Mapping) and len(value) == 1)
+    if listed and one and isinstance(place[-1], str):
+        return f"write a list: {place[-1]}: [{_written(value)}]"
+    if not kinds.keys() <= _TYPES.keys():
+        return "; or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in problems))
+    wanted = " or ".join(dict.fromkeys(_TYPES[kind] for kind in kinds))
+    return f"must be {wanted}" + (", NAME: PATH" if place[-1:] == ("experts",) else "")
+
+
+def _written(value: Any) -> str:
+    """A value as it stands inside a line of YAML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_written, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _record_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from adamerging import UsageError, WeightsError, open_weights
+from adamerging import OutputError, UsageError, WeightsError, open_weights
 from adamerging.adaptation import cache
 from adamerging.adaptation.batches import Batches, split
 from adamerging.adaptation.batchnorm import recalibrate
@@ -186,6 +186,23 @@ def test_a_failed_fill_leaves_nothing(own_cache):
     with pytest.raises(RuntimeError, match="no"):
         cache.cached("k", {"x": Spec((4,), torch.float32)}, fill)
     assert list(own_cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_changed_is_said_with_the_way_out(own_cache, monkeypatch):
+    specs = {"x": Spec((4,), torch.float32)}
+    cache.cached("k", specs, lambda writer: writer.write(torch.arange(4.0)))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.Path, "unlink", refuse)
+    with pytest.raises(OutputError, match=r"k\.safetensors.*Permission denied.*ADAMERGING_CACHE"):
+        cache.clear_cache()
+    monkeypatch.undo()
+    monkeypatch.setenv("ADAMERGING_CACHE", str(own_cache / "k.safetensors"))
+    with pytest.raises(OutputError, match=r"other\.safetensors.*ADAMERGING_CACHE") as caught:
+        cache.cached("other", specs, lambda writer: writer.write(torch.arange(4.0)))
+    assert isinstance(caught.value, OSError)  # who can do without a cache goes on
 
 
 def test_the_key_follows_the_content_not_the_path(tmp_path):

@@ -17,6 +17,7 @@ from adamerging.report.lines import best, lines_of, seen_tasks
 from adamerging.report.load import Run, load_run
 from adamerging.report.page import Page, make_page
 from adamerging.report.sections import sections
+from adamerging.report.verdict import verdict
 from adamerging.report.view import View
 
 VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
@@ -135,6 +136,18 @@ def test_the_verdict_says_what_the_records_say(run: Run, page: Page) -> None:
     assert "confident is not right" in about["adamerging (task) (seed 0, 1)"]
     assert "a bound, not a result" in about["task_arithmetic (oracle)"]
     assert page.verdict.status is None
+
+
+def test_a_winner_that_is_no_single_model_is_not_called_one(run: Run) -> None:
+    winner = best(lines_of(run), seen_tasks(run)).label
+    said = "no single model: each task has weights of its own"
+    rows = [
+        row.model_copy(update={"warnings": [said] if row.label == winner else row.warnings})
+        for row in run.rows
+    ]
+    found = verdict(View(Run(run.comparison.model_copy(update={"rows": rows}))))
+    assert found.headline.endswith("of the experts’ accuracy.")
+    assert said in [text for _, text in found.cautions]
 
 
 def test_an_oracle_is_never_the_best_model(run: Run) -> None:

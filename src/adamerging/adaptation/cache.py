@@ -12,7 +12,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .. import __version__
+from ..errors import OutputError
 from ..output.tensors import TensorWriter
 from ..weights.source import Spec, Weights
+
+
+class _Unusable(OutputError, OSError):
+    """The cache cannot be changed; an `OSError`, too, for those who can do without it."""
 
 
 def cache_folder() -> Path:
@@ -36,12 +42,16 @@ def cache_files() -> list[tuple[Path, int]]:
 
 
 def clear_cache() -> int:
-    """Remove every cached file; returns the bytes freed."""
+    """Remove every cached file; returns the bytes freed.
+
+    Raises:
+        OutputError: a file cannot be removed.
+    """
     files = cache_files()
     for path, _ in files:
-        path.unlink(missing_ok=True)
+        _remove(path)
     for path in cache_folder().glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else _remove(path)
     return sum(size for _, size in files)
 
 
@@ -107,24 +117,51 @@ def cached(
 
     Returns:
         Views of a memory-mapped file.
+
+    Raises:
+        OutputError: the file cannot be written; it is an `OSError`, too.
     """
-    folder = cache_folder()
-    path = folder / f"{name}.safetensors"
+    path = cache_folder() / f"{name}.safetensors"
     found = _open(path, specs)
     if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=folder)
-        os.close(handle)
-        os.unlink(partial)
-        try:
-            with TensorWriter(Path(partial), specs, {}) as writer:
-                fill(writer)
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        with _changing(path):
+            _store(path, specs, fill)
         found = _open(path, specs)
         assert found is not None
     return found
+
+
+def _store(path: Path, specs: Mapping[str, Spec], fill: Callable[[TensorWriter], None]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    os.unlink(partial)
+    try:
+        with TensorWriter(Path(partial), specs, {}) as writer:
+            fill(writer)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    with _changing(path):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Say what to do where a file of the cache can be neither written nor removed."""
+    try:
+        yield
+    except _Unusable:
+        raise
+    except OSError as error:
+        raise _Unusable(
+            f"cannot change {path} in the cache: {error.strerror or error}; make its folder writable, or "
+            "name another one in the variable ADAMERGING_CACHE"
+        ) from error
 
 
 def computed(name: str | None, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -155,7 +192,7 @@ def computed(name: str | None, compute: Callable[[], Mapping[str, Tensor]]) -> M
     try:
         return cached(stored, specs, fill)
     finally:
-        (cache_folder() / f"{stored}.safetensors").unlink(missing_ok=True)
+        _remove(cache_folder() / f"{stored}.safetensors")
 
 
 def _open(path: Path, specs: Mapping[str, Spec] | None = None) -> dict[str, Tensor] | None:
@@ -170,5 +207,5 @@ def _open(path: Path, specs: Mapping[str, Spec] | None = None) -> dict[str, Tens
         return None
     except (SafetensorError, OSError):
         pass
-    path.unlink(missing_ok=True)
+    _remove(path)
     return None

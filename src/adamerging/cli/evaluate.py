@@ -71,7 +71,8 @@ def evaluate(
     if as_json:
         show.print_json(row.model_dump(mode="json"))
         return
-    show.console().print(_table(row))
+    console = show.console()
+    console.print(_tables(row, console.width))
     if row.settings.get("experts"):
         sources = dict.fromkeys(known["from"] for known in row.settings["experts"].values())
         show.note(f"of expert: the share of the experts' accuracy, as found for {', '.join(sources)}")
@@ -110,7 +111,27 @@ def _tasks(
     return {name: specs[name] for name in own or specs}, loaded.base
 
 
-def _table(row: Row) -> Any:
+def _tables(row: Row, width: int) -> Any:
+    """The scores for a terminal: as many columns beside the task as fit, the rest below."""
+    from rich.cells import cell_len
+    from rich.console import Group
+
+    from ..report.table import in_parts
+
+    columns, rows = _cells(row)
+    lines = [[name.removeprefix(">") for name in columns], *rows]
+    task, *others = (max(cell_len(str(cell)) for cell in column) for column in zip(*lines, strict=True))
+    parts = in_parts([each + 2 for each in others], width - min(task, width // 2))
+    tables: list[Any] = []
+    for part in parts:
+        chosen = [0, *(number + 1 for number in part)]
+        cut = [[cells[number] for number in chosen] for cells in rows]
+        tables += [*([""] if tables else []), show.table("", [columns[number] for number in chosen], cut)]
+    return Group(*tables)
+
+
+def _cells(row: Row) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Headings, as `show.table` takes them, and a line a task."""
     columns = ["task", ">samples", ">accuracy", ">95 %", ">macro-F1", ">ECE", ">NLL", ">entropy"]
     shares = [score.normalised for score in row.scores]
     told = any(share is not None for share in shares)
@@ -137,4 +158,4 @@ def _table(row: Row) -> Any:
         kept = f"{sum(known) / len(known):.1%}" if len(known) == len(shares) else ""
         others = [f"{value:.3f}" for value in mean[1:]]
         rows.append(("mean", "", f"{mean[0]:.1%}", "", *others, *([kept] if told else [])))
-    return show.table("", [*columns, ">of expert"] if told else columns, rows)
+    return [*columns, ">of expert"] if told else columns, rows

@@ -54,9 +54,12 @@ class RunFolder:
         """Keep other runs out.
 
         Raises:
-            OutputError: another run is at work in it.
+            OutputError: another run is at work in it, or nothing can be written there.
         """
-        handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            handle = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        except OSError as error:
+            raise self._unwritable(self.path, error) from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,8 +72,11 @@ class RunFolder:
             os.close(handle)
 
     def state(self, name: str) -> Path:
-        """Where a row that is being learned saves its state."""
-        (self.path / STATE).mkdir(exist_ok=True)
+        """Where a row that is being learned saves its state. Raises as `write_row`."""
+        try:
+            (self.path / STATE).mkdir(exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(self.path / STATE, error) from None
         return self.path / STATE / f"{name}.safetensors"
 
     def write_run(self, run: Comparison) -> None:
@@ -114,7 +120,13 @@ class RunFolder:
             finally:
                 Path(partial).unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot write {target}: {error.strerror or error}") from None
+            raise self._unwritable(target, error) from None
+
+    def _unwritable(self, target: Path, error: OSError) -> OutputError:
+        return OutputError(
+            f"cannot write {target}: {error.strerror or error}; make {self.path} writable and leave room on "
+            "its disk, or choose another --out"
+        )
 
 
 def row_name(label: str, group: str | None, seed: int | None) -> str:

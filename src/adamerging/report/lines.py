@@ -25,6 +25,9 @@ MARKS = {
     "transductive": "Adapted to inputs that it is scored on.",
 }
 
+NO_SINGLE = "no single model"
+"""How a row's warning begins where each task has something of its own."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -53,6 +56,11 @@ class Line:
     def counts(self) -> bool:
         """Whether it may be called best: a merged model that saw no labels of the test data, nor any."""
         return self.merged and not {"oracle", "labelled"} & set(self.marks)
+
+    @property
+    def single(self) -> bool:
+        """Whether all tasks share one model."""
+        return not any(text.startswith(NO_SINGLE) for row in self.rows for text in row.warnings)
 
     def accuracy(self, task: str, condition: str = CLEAN, *, unseen: bool = False) -> Spread | None:
         """On one task over seeds."""

@@ -56,6 +56,24 @@ def cells_of(run: Run, condition: str | None = None) -> Cells:
     return Cells(columns, rows, [*_notes(lines), *_groups(run), *_failures(run)], 5 if timed else 4)
 
 
+def in_parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """The numbers of columns that stand side by side, part by part; one at least in each.
+
+    Args:
+        widths: of the columns, each with the space before it.
+        room: what there is beside the column that every part begins with.
+    """
+    parts: list[list[int]] = []
+    taken = 0
+    for number, width in enumerate(widths):
+        if not parts or taken + width > room:
+            parts.append([])
+            taken = 0
+        parts[-1].append(number)
+        taken += width
+    return parts
+
+
 def rich_table(cells: Cells, width: int, title: str = "Accuracy, %") -> Group:
     """The table for a terminal: as many tasks side by side as fit, the rest below.
 
@@ -65,13 +83,13 @@ def rich_table(cells: Cells, width: int, title: str = "Accuracy, %") -> Group:
         title: above it.
     """
     label = min(_LABEL, max([len(row[0]) for row in cells.rows], default=0) or 5)
-    room = max(1, (max(width, NARROW) - label - 1) // (_CELL + 1))
     summary = list(range(1, cells.fixed))
     tasks = list(range(cells.fixed, len(cells.columns)))
     wide = label + (_CELL + 5) * len(summary) + (_CELL + 1) * len(tasks) <= width
     parts = [summary + tasks] if wide else [summary]
     if not wide:
-        parts += [tasks[start : start + room] for start in range(0, len(tasks), room)]
+        beside = in_parts([_CELL + 1] * len(tasks), max(width, NARROW) - label - 1)
+        parts += [[tasks[number] for number in part] for part in beside]
     tables: list[Table | Text] = []
     for number, part in enumerate(parts):
         table = Table(

@@ -42,7 +42,8 @@ def verdict(view: View) -> Verdict:
     assert mean is not None
     figures = [(percent(mean.mean), "mean accuracy")]
     if kept is not None:
-        headline = f"{winner.label} keeps {percent(kept.mean)} of the experts’ accuracy in one model."
+        where = " in one model" if winner.single else ""
+        headline = f"{winner.label} keeps {percent(kept.mean)} of the experts’ accuracy{where}."
         figures.insert(0, (percent(kept.mean), "of the experts’ accuracy kept"))
     else:
         headline = f"{winner.label} is the best merged model: {percent(mean.mean)} mean accuracy."
