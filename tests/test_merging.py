@@ -157,4 +157,6 @@ def test_what_no_expert_changed_is_known_after_the_merge():
         opened = vectors.open(entry)
         for span in vectors.spans(entry, "element"):
             vectors.read(opened, *span)
-    assert set(BASE) - set(vectors.unchanged()) == {"norm.weight"}
+    # a tensor without values is the base's, and merged by no method
+    assert set(BASE) - set(vectors.unchanged()) == {"norm.weight", "blocks.2.none"}
+    assert vectors.plan.entries["blocks.2.none"].reason == "empty"

@@ -260,6 +260,8 @@ def test_what_is_no_merge_is_refused(merged: Path, tmp_path: Path) -> None:
         am.load(merged).module("moood")
     with pytest.raises(WeightsError, match="was not written by a merge"):
         am.load(tmp_path)
+    with pytest.raises(WeightsError, match="nofolder does not exist; give the folder that a merge wrote"):
+        am.load(tmp_path / "nofolder")
 
 
 @pytest.mark.parametrize("record", ["[]", '{"experts": 3}', '{"tasks": {"mood": 3}}', "{"])

@@ -426,6 +426,8 @@ def load(
         from .sharing.serving import SharedModel
 
         return SharedModel(open_store(path), model=model, head=head, device=device)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist; give the folder that a merge wrote")
     if not (path / RECORD).is_file():
         raise WeightsError(
             f"{path} was not written by a merge: it has no {RECORD}. Open ordinary models with transformers"

@@ -54,6 +54,22 @@ def test_an_expert_that_is_the_base_is_told_and_takes_no_part(cli, root, tmp_pat
     assert (tmp_path / "merged" / "heads" / "trec").is_dir()
 
 
+@pytest.mark.parametrize("label", ["news", 77, 0.5, None], ids=str)
+def test_labels_of_what_is_learned_from_are_looked_at_where_they_are_used(cli, root, tmp_path, label):  # noqa: F811
+    rows = [json.loads(line) for line in (root / "sst2_val.jsonl").read_text().splitlines()]
+    rows = [{**row, "label": 1} for row in rows[1:]] + [{**rows[0], "label": label}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {name: {"adapt": f"models/{name}_val.jsonl"} for name in LABELS} | {"sst2": {"adapt": "odd.jsonl"}}
+    adapt = {"preset": "paper", "steps": 1}
+    ended = cli("merge", recipe(root, tmp_path, tasks=data, adapt=adapt))
+    assert ended.code == 0, ended.err
+    labelled = {name: {**task, "label_field": "label"} for name, task in data.items() if name == "sst2"}
+    one = {"experts": {"sst2": "models/sst2"}, "tasks": labelled, "out": "other"}
+    refused = cli("merge", recipe(root, tmp_path, adapt={**adapt, "objective": "supervised"}, **one))
+    assert refused.code == 2 and "task 'sst2'" in refused.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_inputs_with_nan_are_refused(code, cli, tmp_path):  # noqa: F811
     family(code, tmp_path)
     inputs = np.load(tmp_path / "a.npz")["x"].copy()

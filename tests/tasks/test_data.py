@@ -15,8 +15,15 @@ import torch
 
 from adamerging.errors import UsageError
 from adamerging.finetuning.learner import classes_of
-from adamerging.tasks.data import Fields, read_samples, read_task_data, refuse_overlap, sample_digest
-from adamerging.tasks.labels import NamedLabels
+from adamerging.tasks.data import (
+    Fields,
+    Joined,
+    read_samples,
+    read_task_data,
+    refuse_overlap,
+    sample_digest,
+)
+from adamerging.tasks.labels import NamedLabels, usable
 from adamerging.tasks.module import module_task
 from adamerging.tasks.task import Samples
 
@@ -231,8 +238,11 @@ def test_image_files_named_in_a_table_lie_beside_it_and_count_by_content(
 def test_image_files_that_are_not_there_are_counted(name: str, tmp_path: Path) -> None:
     write_pictures(tmp_path, 0)
     (tmp_path / "set.csv").write_text(f"path,label\npics/a.png,0\n{name},1\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="1 of 2 image files do not exist in .* of sample 1"):
+    with pytest.raises(
+        UsageError, match="1 of 2 image files do not exist in .* of sample 1. Is this"
+    ) as refused:
         read_samples(tmp_path / "set.csv", "image")
+    assert len(str(refused.value)) < 500 + len(str(tmp_path)) * 2
     with pytest.raises(UsageError, match="1 of 1 image files do not exist in the working directory"):
         read_samples([Path("no/such.png")], "image")
 
@@ -265,7 +275,8 @@ def test_secret_labels_count_as_none() -> None:
         ([1, 2], "image", "Were labels passed"),
         (["a", None], "text", "sample 1 is missing"),
         ([{"text": "a"}, {"label": 1}], "text", "sample 1 is missing, not a text"),
-        ({"body": ["a"], "head": ["b"]}, "text", "name one of those it has: 'body', 'head'"),
+        ({"body": ["a"], "head": ["b"]}, "text", "name one of those it has: 'body', 'head'. "
+            "The key is input_field in a recipe, text_field in Python"),
         (np.array([[0.0, 1.0], [np.nan, 1.0]]), "array", "1 samples hold NaN or infinity, the first is 1"),
         ([torch.ones(2), torch.tensor([1.0, float("inf")])], "array", "NaN or infinity in sample 1"),
         (np.zeros((2, 4, 4)), "image", "images must be uint8"),
@@ -274,6 +285,10 @@ def test_secret_labels_count_as_none() -> None:
         ({"text": ["a", "b"], "label": [0, -1]}, "text", "classes count from 0"),
         ({"text": ["a"], "label": [0.5]}, "text", "a label is one class number or name"),
         ({"text": ["a"], "label": [[0, 1]]}, "text", "a label is one class number or name"),
+        ({"text": ["a"], "label": [np.array([0, 1])]}, "text", "a label is one class number or name"),
+        ({"text": ["a"], "label": [float("inf")]}, "text", "a label is one class number or name"),
+        ({"text": np.zeros((2, 4, 4), np.uint8)}, "text", "'text': sample 0 is a ndarray, not a text"),
+        ({"text": [float("nan")]}, "text", "'text': sample 0 is missing, not a text"),
         (["a", ("b", 1)], "text", "not all alike"),
         ("no/such/file.jsonl", "text", "does not exist"),
         (3, "text", "cannot be read from a int"),
@@ -323,6 +338,30 @@ def test_one_sample_scores_but_does_not_adapt() -> None:
 def test_evaluation_needs_labels() -> None:
     with pytest.raises(UsageError, match="no labels to score with"):
         read_task_data("t", None, ["a", "b"], "text")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["news", "sport"], "'news', 'sport' are none of the model's classes"),
+        ([0, None], "labels are missing, the first of sample 1"),
+        ([0, 0.5], "the label of sample 1 is 0.5"),
+        ([0, -3], "classes count from 0"),
+    ],
+)
+def test_labels_of_adaptation_data_are_refused_when_one_is_used(labels: list[Any], message: str) -> None:
+    rows = {"text": ["a", "b"], "label": labels}
+    for source in (rows, Joined((rows, rows))):
+        adapt, _ = read_task_data("t", source, None, "text", label_names=["no", "yes"])
+        assert adapt is not None and adapt.labels is not None
+        assert len(adapt.labels) == len(adapt) and usable(adapt.labels) is None
+        with pytest.raises(UsageError, match=f"^task 't', adapt: .*{message}"):
+            adapt.labels[0]
+    with pytest.raises(UsageError, match=f"^task 't', evaluate: .*{message}"):
+        read_task_data("t", None, rows, "text", label_names=["no", "yes"])
+    other, _ = read_task_data("t", {"text": ["a", "b"], "label": [0, 1]}, None, "text")
+    assert other is not None and other.labels == [0, 1] == usable(other.labels)
+    assert other.fingerprint != adapt.fingerprint
 
 
 def test_named_labels_follow_the_models_classes_without_regard_to_case() -> None:

@@ -12,7 +12,8 @@ import torch
 from adamerging.errors import UsageError, WeightsError
 from adamerging.tasks import image_task
 from adamerging.weights import open_weights
-from tiny_tasks import save_vit, save_vit_expert
+from models import save_expert
+from tiny_tasks import save_text_base, save_vit, save_vit_expert
 
 PIL_Image = pytest.importorskip("PIL.Image")
 IMAGES = np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3), dtype=np.uint8)
@@ -112,8 +113,22 @@ def test_pictures_that_are_none_are_refused(expert: Path, base: Path, tmp_path: 
         task.collate([tmp_path / "a.png"])
     with pytest.raises(UsageError, match="neither 1, 3 nor 4 channels"):
         task.collate([np.zeros((8, 8, 5), np.uint8)])
+    with pytest.raises(UsageError) as refused:
+        task.collate(["a long text " * 400])
+    text = ("a long text " * 400)[:80]
+    assert str(refused.value).startswith(f"task 'animals': the image file '{text}...' cannot be opened: ")
+    assert len(str(refused.value)) < 200
+    with pytest.raises(UsageError, match="task 'animals': the image file 'nul.*' cannot be opened"):
+        task.collate(["nul\0"])
     with pytest.raises(WeightsError, match="has no head"):
         task.skeleton(*opened(base, base))
+
+
+def test_an_expert_of_another_kind_is_told_of_the_key(tmp_path: Path) -> None:
+    base = save_text_base(tmp_path / "base")
+    texts = opened(save_expert(tmp_path / "topics", base, 1, labels=2), base)
+    with pytest.raises(WeightsError, match=r"task 'topics': transformers has no AutoModel.*the key kind"):
+        image_task("topics").skeleton(*texts)
 
 
 def test_real_digits_go_through_a_tiny_expert(

@@ -78,6 +78,23 @@ def test_a_module_task_from_a_recipe(root: Path) -> None:
     assert task.adapt is not None and len(task.adapt) == 4
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_features": 3, "out_featurs": 3}, "'out_featurs'; look at model_options. It takes in_features"),
+        ({"in_features": 3}, "'out_features'; look at model_options"),
+        ({}, "'in_features'; look at model_options"),
+    ],
+)
+def test_options_that_the_model_does_not_take_are_named(
+    root: Path, options: dict[str, int], message: str
+) -> None:
+    layer = open_weights(torch.nn.Linear(3, 3))
+    spec = TaskSpec(adapt="set.npz", input_field="x", model="torch.nn:Linear", model_options=options)
+    with pytest.raises(UsageError, match=f"task 'm': torch.nn:Linear cannot be called so: .*{message}"):
+        make_task("m", spec, layer, layer, folder=root)
+
+
 def test_overlap_is_refused_unless_transductive(root: Path) -> None:
     expert, base = weights(root, "text")
     same = {"text": TaskSpec(adapt="val.jsonl", evaluate="val.jsonl")}

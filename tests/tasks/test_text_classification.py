@@ -192,6 +192,18 @@ def test_labels_must_fit_the_head(expert: Path, base: Path) -> None:
         task.skeleton(*opened(expert, base))
 
 
+def test_labels_of_adaptation_data_need_not_fit_the_head(expert: Path, base: Path) -> None:
+    for label, message in (
+        (5, "task 'trec': adapt .* has the label 5"),
+        ("who", "does not name its classes"),
+    ):
+        task = text_task("trec", adapt=[("a", label), ("b", label)])
+        task.skeleton(*opened(expert, base))
+        assert task.adapt is not None and task.adapt.labels is not None
+        with pytest.raises(UsageError, match=message):
+            task.adapt.labels[0]
+
+
 def test_labels_by_name_become_the_models_numbers(expert: Path, base: Path, tmp_path: Path) -> None:
     named = save_expert(tmp_path / "named", base, seed=1, labels=3)
     config = json.loads((named / "config.json").read_text())

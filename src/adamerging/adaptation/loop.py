@@ -17,6 +17,7 @@ from ..errors import AdamergingError, UsageError
 from ..naming import is_statistics
 from ..norms import statistics_of
 from ..task_vectors import TaskVectors
+from ..tasks.labels import usable
 from ..tasks.task import Inputs, Task
 from .batches import Batches
 from .batchnorm import batch_statistics, recalibrate, reestimated
@@ -87,7 +88,8 @@ class Learner:
             return torch.stack([self.expert_logits[i] for i in samples]).to(device)
         if objective.target == "labels":
             assert self.task.adapt is not None and self.task.adapt.labels is not None
-            return torch.tensor([self.task.adapt.labels[i] for i in samples], device=device)
+            labels = list(self.task.adapt.labels)
+            return torch.tensor([labels[i] for i in samples], device=device)
         return None
 
 
@@ -390,7 +392,7 @@ def check_task(
         "entropy": float(sample_entropy(logits).mean()),
         "largest_class": float(counts.max() / len(classes)),
     }
-    labels = learner.task.adapt.labels if learner.task.adapt is not None else None
+    labels = usable(learner.task.adapt.labels) if learner.task.adapt is not None else None
     if labels is not None:  # for the record alone: nothing is learned from it or chosen by it
         right = classes == torch.tensor([labels[i] for i in samples])
         result["accuracy"] = float(right.float().mean())

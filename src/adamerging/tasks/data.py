@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .labels import NamedLabels
+from .labels import NamedLabels, SpareLabels
 from .readers import INPUT, LABEL, PAIR, Columns, Names, folder_of, read_columns
 from .task import Samples, Task
 
@@ -37,6 +38,7 @@ PAIR_NAMES = (
     ("text", "text_pair"),
 )
 LABEL_NAMES = (LABEL, "labels", "y", "class", "target", "category", "intent", "label_text")
+_SHOWN = 80
 UNLABELLED = -1
 """By convention of the hub's benchmarks a split whose labels are secret has -1 everywhere."""
 
@@ -68,7 +70,12 @@ class Joined:
 
 
 def read_samples(
-    source: Any, kind: DataKind, fields: Fields | None = None, label_names: Sequence[str] | None = None
+    source: Any,
+    kind: DataKind,
+    fields: Fields | None = None,
+    label_names: Sequence[str] | None = None,
+    *,
+    spare: bool = False,
 ) -> Samples:
     """One split, read and checked.
 
@@ -77,6 +84,7 @@ def read_samples(
         kind: what the inputs are.
         fields: names of the columns.
         label_names: class names by number, for labels that are stored by name; else the model names them.
+        spare: the labels may never be used, so that those that are none are refused when one is used.
 
     Raises:
         UsageError: no such field, no samples, inputs that are none (labels in their place, NaN), labels
@@ -86,7 +94,8 @@ def read_samples(
     if isinstance(source, Samples):
         return source
     if isinstance(source, Joined):
-        return _joined([read_samples(each, kind, fields, label_names) for each in source.sources])
+        parts = [read_samples(each, kind, fields, label_names, spare=spare) for each in source.sources]
+        return _joined(parts)
     columns, name = read_columns(source)
     fields = fields or Fields()
     _refuse_no_columns([field for field, column in columns.items() if not _has_length(column)], name)
@@ -108,10 +117,8 @@ def read_samples(
     if pair is not None:
         check_inputs(columns[pair], kind, f"{name}, '{pair}'")
         inputs = list(zip(inputs, columns[pair], strict=True))
-    labels = None if label is None else _labels(columns[label], f"{name}, '{label}'", label_names)
-    if isinstance(labels, NamedLabels) and label_names is not None:
-        labels.settle(label_names)
-        labels = labels.check()
+    read = _spare_labels if spare else _settled_labels
+    labels = None if label is None else read(columns[label], f"{name}, '{label}'", label_names)
     return Samples(inputs, labels, name, _fingerprint(inputs, labels))
 
 
@@ -119,7 +126,14 @@ def _joined(parts: Sequence[Samples]) -> Samples:
     """One split of several; labelled where all of them are, by number."""
     inputs = [item for part in parts for item in part.inputs]
     known = [part.labels for part in parts if not isinstance(part.labels, NamedLabels | None)]
-    labels = [label for each in known for label in each] if len(known) == len(parts) else None
+    refused = [each for each in known if isinstance(each, SpareLabels)]
+    labels: Sequence[int] | None = None
+    if len(known) == len(parts):
+        labels = (
+            SpareLabels(inputs, refused[0].problem)
+            if refused
+            else [label for each in known for label in each]
+        )
     source = " and ".join(part.source for part in parts)
     digest = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
     return Samples(inputs, labels, source, digest)
@@ -133,15 +147,18 @@ def read_task_data(
     fields: Fields | None = None,
     label_names: Sequence[str] | None = None,
 ) -> tuple[Samples | None, Samples | None]:
-    """Both splits of a task.
+    """Both splits of a task. What is wrong with the labels of the adaptation data is said when one is used.
 
     Raises:
         UsageError: as `read_samples`; adaptation data of one sample; evaluation data without labels.
     """
     found: list[Samples | None] = []
     for which, source in (("adapt", adapt), ("evaluate", evaluate)):
+        spare = which == "adapt"
         try:
-            found.append(None if source is None else read_samples(source, kind, fields, label_names))
+            found.append(
+                None if source is None else read_samples(source, kind, fields, label_names, spare=spare)
+            )
         except UsageError as error:
             error.args = (f"task '{task}', {which}: {error}",)
             raise
@@ -157,7 +174,17 @@ def read_task_data(
             f"{', '.join(LABEL_NAMES)}, or all are {UNLABELLED}, as in secret test splits); name the column "
             "with label_field"
         )
-    return unlabeled, labelled
+    return None if unlabeled is None else _with_spare_labels(task, unlabeled), labelled
+
+
+def _with_spare_labels(task: str, samples: Samples) -> Samples:
+    """Adaptation data whose labels are looked at when one is used, and not before."""
+    labels = samples.labels
+    if isinstance(labels, SpareLabels):
+        labels = SpareLabels(labels.found, labels.problem and f"task '{task}', adapt: {labels.problem}")
+    elif labels is not None:
+        labels = SpareLabels(labels)
+    return replace(samples, labels=labels)
 
 
 def refuse_overlap(tasks: Iterable[Task], *, transductive: bool = False) -> None:
@@ -240,9 +267,16 @@ def _image_files(inputs: Any, folder: Path | None, where: str) -> Any:
         places = "the working directory" if folder is None else f"{folder} and the working directory"
         raise UsageError(
             f"{where}: {len(missing)} of {len(files)} image files do not exist in {places}, "
-            f"the first is '{str(inputs[missing[0]])[:200]}' of sample {missing[0]}"
+            f"the first is '{beginning(inputs[missing[0]])}' of sample {missing[0]}. "
+            "Is this a column of texts? Name that of the images: input_field (image_field in Python)"
         )
     return found if files else inputs
+
+
+def beginning(text: object) -> str:
+    """So much of a text as a message has room for."""
+    whole = str(text)
+    return whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]}..."
 
 
 def _image_file(name: str, folder: Path | None) -> Path:
@@ -269,10 +303,16 @@ def _choose(
         rest = [each for each in columns if each not in (pair, label)]
         if not candidates and len(rest) != 1:
             raise UsageError(
-                f"{name} has no field that is surely the {kind}; name one of those it has: {present}"
+                f"{name} has no field that is surely the {kind}; name one of those it has: {present}. "
+                f"The key is {_input_key(kind)}"
             )
         first = (candidates or rest)[0]
     return first, pair, label
+
+
+def _input_key(kind: DataKind) -> str:
+    """What names the column of the inputs."""
+    return "input_field" if kind == "array" else f"input_field in a recipe, {kind}_field in Python"
 
 
 def check_inputs(inputs: Sequence[Any], kind: DataKind, where: str) -> None:
@@ -294,8 +334,12 @@ def _refuse(value: Any, index: int, where: str, wanted: str) -> None:
             f"{where}: sample {index} is the number {value} where {wanted} belongs. "
             "Were labels passed in the place of inputs?"
         )
-    shown = "missing" if value is None or value != value else f"a {type(value).__name__}"  # noqa: PLR0124
+    shown = "missing" if _is_missing(value) else f"a {type(value).__name__}"
     raise UsageError(f"{where}: sample {index} is {shown}, not {wanted}")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float | np.floating) and math.isnan(value))
 
 
 def _check_stack(inputs: Any, kind: DataKind, where: str) -> None:
@@ -364,8 +408,8 @@ def _is_encoded(value: Any) -> bool:
 
 def _labels(values: Any, where: str, label_names: Sequence[str] | None) -> list[int] | NamedLabels | None:
     are_names = isinstance(values, Names) and label_names is None
-    values = as_array(values).tolist() if hasattr(values, "dtype") else list(values)
-    missing = [value is None or value != value for value in values]  # noqa: PLR0124 - NaN
+    values = as_array(values).tolist() if hasattr(values, "dtype") else [_plain(value) for value in values]
+    missing = [_is_missing(value) for value in values]
     if all(missing):
         return None
     if any(missing):
@@ -378,8 +422,7 @@ def _labels(values: Any, where: str, label_names: Sequence[str] | None) -> list[
         if are_names or known or not all(value.strip().lstrip("-").isdecimal() for value in values):
             return NamedLabels(values, where)
         values = [int(value) for value in values]
-    values = [value.item() if isinstance(value, np.generic | Tensor) else value for value in values]
-    wrong = next((i for i, v in enumerate(values) if not isinstance(v, int | float) or v != int(v)), None)
+    wrong = next((i for i, v in enumerate(values) if not _is_whole(v)), None)
     if wrong is not None:
         raise UsageError(
             f"{where}: the label of sample {wrong} is {values[wrong]!r}; a label is one class number or name"
@@ -395,6 +438,35 @@ def _labels(values: Any, where: str, label_names: Sequence[str] | None) -> list[
     return numbers
 
 
+def _settled_labels(
+    values: Any, where: str, label_names: Sequence[str] | None
+) -> list[int] | NamedLabels | None:
+    """Class numbers; names where it is the model that knows what they are called."""
+    labels = _labels(values, where, label_names)
+    if isinstance(labels, NamedLabels) and label_names is not None:
+        labels.settle(label_names)
+        return labels.check()
+    return labels
+
+
+def _spare_labels(
+    values: Any, where: str, label_names: Sequence[str] | None
+) -> list[int] | NamedLabels | SpareLabels | None:
+    """The same, where labels that are none are refused when one is used."""
+    try:
+        return _settled_labels(values, where, label_names)
+    except UsageError as error:
+        return SpareLabels([str(value) for value in values], str(error))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if getattr(value, "ndim", 1) == 0 else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
 # --- content
 
 
@@ -404,6 +476,8 @@ def _fingerprint(inputs: Sequence[Any], labels: Sequence[int] | None) -> str:
         digest.update(sample_digest(value))
     if isinstance(labels, NamedLabels):
         digest.update("\n".join(labels.names).encode())
+    elif isinstance(labels, SpareLabels):
+        digest.update("\n".join(labels.found).encode())
     elif labels is not None:
         digest.update(np.asarray(labels, np.int64).tobytes())
     return digest.hexdigest()

@@ -44,18 +44,27 @@ def is_partial(weights: Weights) -> bool:
     return weights.folder is not None and (weights.folder / _ADAPTER).is_file()
 
 
-def classifier(auto: Any, expert: Weights, base: Weights) -> nn.Module:
+def classifier(auto: Any, expert: Weights, base: Weights, task: str) -> nn.Module:
     """A classification model with the expert's values, in float32 and evaluation mode.
 
     Args:
         auto: the auto class, such as ``AutoModelForSequenceClassification``.
         expert: a whole model, or a part of one over the base.
         base: where tensors come from that a partial expert does not hold.
+        task: for messages.
 
     Raises:
         WeightsError: no configuration, no such model in transformers, or tensors missing: of a head, that is
             said.
     """
+    try:
+        return _classifier(auto, expert, base)
+    except WeightsError as error:
+        error.args = (f"task '{task}': {error}",)
+        raise
+
+
+def _classifier(auto: Any, expert: Weights, base: Weights) -> nn.Module:
     partial = is_partial(expert)
     config = configuration(expert if expert.config is not None else base)
     if partial and expert.config is None:
@@ -214,7 +223,8 @@ def _skeleton(auto: Any, config: Any) -> Any:
             return auto.from_config(config)
     except ValueError:
         raise WeightsError(
-            f"transformers has no {auto.__name__} for the model type '{config.model_type}'"
+            f"transformers has no {auto.__name__} for the model type '{config.model_type}'. "
+            "Is the task of another kind? A recipe says so with the key kind"
         ) from None
 
 

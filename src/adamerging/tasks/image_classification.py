@@ -52,7 +52,7 @@ def image_task(
     pixels = Pixels(name, processor)
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
-        module = classifier(transformers.AutoModelForImageClassification, expert, base)
+        module = classifier(transformers.AutoModelForImageClassification, expert, base, name)
         pixels.bind(expert, base, module.config)
         names = label_names or class_names(module.config.to_dict())  # type: ignore[union-attr, operator]
         settle(name, unlabeled, labelled, int(module.config.num_labels), names)  # type: ignore[union-attr, arg-type]
@@ -95,13 +95,17 @@ class Pixels:
             self._process = _plain(config)
 
     def collate(self, inputs: Sequence[Any]) -> Inputs:
-        """Pixels of some images. Raises `UsageError` where no processor is known yet."""
+        """Pixels of some images. Raises `UsageError` where no processor is known yet, or one is no image."""
         if self._process is None:
             raise UsageError(
                 f"task '{self.task}' has no image processor yet: it comes with the expert. Build the model "
                 "first (task.skeleton), or pass processor="
             )
-        return {"pixel_values": self._process([open_image(value, self._mode) for value in inputs])}
+        try:
+            images = [open_image(value, self._mode) for value in inputs]
+        except UsageError as error:
+            raise UsageError(f"task '{self.task}': {error}") from None
+        return {"pixel_values": self._process(images)}
 
 
 def _by(processor: Any) -> Callable[[list[Any]], Tensor]:

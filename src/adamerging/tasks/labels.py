@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from ..errors import UsageError
@@ -69,6 +69,62 @@ class NamedLabels(Sequence[int]):
         return len(self.names)
 
 
+class SpareLabels(Sequence[int]):
+    """Labels of adaptation data, which few runs look at: what is wrong with them is said when one is used.
+
+    Args:
+        found: class numbers or names; or anything, one a sample, where they are neither.
+        problem: why they are neither.
+    """
+
+    def __init__(self, found: Sequence[Any], problem: str = "") -> None:
+        self.found, self.problem = found, problem
+        self._misfit = ""
+
+    def settle(self, width: int, names: Sequence[str] | None, where: str) -> None:
+        """Compare them with a model's classes; on a misfit the error comes when a label is used."""
+        if isinstance(self.found, NamedLabels):
+            self.found.settle(names)
+        elif not self.problem:
+            self._misfit = _out_of_range(self.found, width, where)
+
+    def check(self) -> Sequence[int]:
+        """The class numbers.
+
+        Raises:
+            UsageError: they are none, or the model has no such classes.
+        """
+        if problem := self.problem or self._misfit:
+            raise UsageError(problem)
+        return self.found.check() if isinstance(self.found, NamedLabels) else self.found
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        return self.check()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.check())
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+def usable(labels: Sequence[int] | None) -> Sequence[int] | None:
+    """Labels that fit the model; None for those that do not: for what can do without them."""
+    try:
+        return labels.check() if isinstance(labels, SpareLabels | NamedLabels) else labels
+    except UsageError:
+        return None
+
+
 def class_names(config: Mapping[str, Any] | None) -> list[str] | None:
     """The names of a configuration's classes by number; None where it only counts them (``LABEL_0``)."""
     found = (config or {}).get("id2label")
@@ -88,7 +144,7 @@ def settle(
 ) -> None:
     """Check a task's labels against a head that has just become known.
 
-    Labels of the adaptation data may bear names that the model does not know, as long as nobody uses them.
+    Labels of the adaptation data may be any (`SpareLabels`), as long as nobody uses them.
 
     Raises:
         UsageError: the head's width does not fit the names or the labels, or names that the model lacks.
@@ -98,15 +154,25 @@ def settle(
     for which, samples in (("adapt", adapt), ("evaluate", evaluate)):
         if samples is None or samples.labels is None:
             continue
-        if isinstance(samples.labels, NamedLabels):
+        where = f"task '{task}': {which} ({samples.source})"
+        if isinstance(samples.labels, SpareLabels):
+            samples.labels.settle(width, names, where)
+        elif isinstance(samples.labels, NamedLabels):
             samples.labels.settle(names)
             if which == "evaluate":
                 samples.labels.check()
-        elif max(samples.labels) >= width:
-            raise UsageError(
-                f"task '{task}': {which} ({samples.source}) has the label {max(samples.labels)}, but the "
-                f"head has {width} outputs (0 to {width - 1}). Is this the expert of another task?"
-            )
+        elif problem := _out_of_range(samples.labels, width, where):
+            raise UsageError(problem)
+
+
+def _out_of_range(labels: Sequence[int], width: int, where: str) -> str:
+    """What is wrong with labels that a head has no output for; nothing where it has."""
+    if max(labels) < width:
+        return ""
+    return (
+        f"{where} has the label {max(labels)}, but the head has {width} outputs (0 to {width - 1}). "
+        "Is this the expert of another task?"
+    )
 
 
 def _fold(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtraError, UsageError
-from .data import as_array
+from .data import as_array, beginning
 
 
 def open_image(value: Any, mode: str | None = None) -> Any:
@@ -35,12 +35,18 @@ def open_image(value: Any, mode: str | None = None) -> Any:
             with Image.open(value) as opened:
                 return opened.convert(mode or _plain_mode(opened))
         except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(
-                f"{value if not isinstance(value, io.BytesIO) else 'an image'} cannot be opened: {error}"
-            ) from None
+            what = "an image" if isinstance(value, io.BytesIO) else _shown(value)
+            raise UsageError(f"{what} cannot be opened: {error.strerror or error}") from None
+        except ValueError as error:  # a null character, in a text that is no name of a file
+            raise UsageError(f"{_shown(value)} cannot be opened: {error}") from None
     if not isinstance(value, Image.Image):
         value = Image.fromarray(_height_width_channels(as_array(value)))
     return value.convert(mode or _plain_mode(value))
+
+
+def _shown(value: Any) -> str:
+    """A path, whole; a text, which may be no name of a file, in quotes and as much as there is room for."""
+    return str(value) if isinstance(value, Path) else f"the image file '{beginning(value)}'"
 
 
 def _plain_mode(image: Any) -> str:

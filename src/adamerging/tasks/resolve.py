@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -110,8 +111,10 @@ def make_task(name: str, spec: TaskSpec, expert: Weights, base: Weights, folder:
         raise UsageError(
             f"task '{name}' is of kind module: name what makes its model, model: package.module:name"
         )
+    model = factory(spec.model, spec.model_options)
+    _check_call(name, spec.model, spec.model_options)
     return module_task(
-        name, adapt, evaluate, model=factory(spec.model, spec.model_options), head=named(spec.head),
+        name, adapt, evaluate, model=model, head=named(spec.head),
         collate=named(spec.collate), forward=named(spec.forward), input_field=spec.input_field,
         label_field=spec.label_field, label_names=spec.label_names, feature_module=spec.feature_module,
     )  # fmt: skip
@@ -180,6 +183,25 @@ def named(path: str | None) -> Any:
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{path} cannot be imported: {error}") from None
     return value
+
+
+def _check_call(task: str, path: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that what makes a model does not take, and options that it lacks."""
+    found = named(path)
+    if not callable(found) or isinstance(found, nn.Module):
+        return
+    try:
+        signature = inspect.signature(found)
+    except (ValueError, TypeError):  # of some that are written in C nobody knows what they take
+        return
+    try:
+        signature.bind_partial(**options)
+        signature.bind(**options)
+    except TypeError as error:
+        raise UsageError(
+            f"task '{task}': {path} cannot be called so: {error}; look at model_options. It takes "
+            + (", ".join(signature.parameters) or "none")
+        ) from None
 
 
 def _check_options(name: str, kind: Kind, spec: TaskSpec) -> None:

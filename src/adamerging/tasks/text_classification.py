@@ -61,7 +61,7 @@ def text_task(
     settings = _settings("text", max_length, fields)
 
     def skeleton(expert: Weights, base: Weights) -> nn.Module:
-        module = classifier(transformers.AutoModelForSequenceClassification, expert, base)
+        module = classifier(transformers.AutoModelForSequenceClassification, expert, base, name)
         settings["max_length"] = texts.bind(expert, base, module)
         names = label_names or class_names(module.config.to_dict())  # type: ignore[union-attr, operator]
         settle(name, unlabeled, labelled, int(module.config.num_labels), names)  # type: ignore[union-attr, arg-type]
