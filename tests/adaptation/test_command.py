@@ -221,7 +221,6 @@ def test_a_merge_by_method_with_data_is_scored(cli, root, tmp_path):
             {"tasks": {"trec": {"adapt": "models/trec_test.jsonl", "evaluate": "models/trec_test.jsonl"}}},
             "overlap",
         ),
-        ({"method": "regmean", "tasks": None}, "looks at unlabeled inputs"),
         ({"scale": [{"match": "*layer.0.*", "value": 1}]}, "no rule matches tensor"),
         ({"weights": {name: [{"match": "no*", "value": 1}] for name in LABELS}}, "no rule matches tensor"),
     ],
@@ -233,6 +232,15 @@ def test_a_dry_run_of_a_method_refuses_what_the_merge_refuses(cli, root, tmp_pat
     assert planned.code == ended.code == 2
     assert said in " ".join(planned.err.split())
     assert planned.err == ended.err
+
+
+def test_a_dry_run_counts_without_the_data_that_the_merge_needs(cli, root, tmp_path):
+    path = recipe(root, tmp_path, adapt=None, method="regmean", tasks={})
+    planned, ended = cli("merge", path, "--dry-run"), cli("merge", path)
+    assert (planned.code, ended.code) == (0, 2)
+    said = "looks at unlabeled inputs of every expert's task, and there are none for: "
+    for found in (planned, ended):
+        assert said in " ".join(found.err.split())
 
 
 def test_the_cache_is_shown_and_cleared(cli, root, tmp_path):

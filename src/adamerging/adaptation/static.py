@@ -71,7 +71,7 @@ def merge_with_tasks(
         UsageError: data, and a tokenizer other than the base's; a task without an expert.
         AdamergingError: as `run.merge`.
     """
-    check_data(prepared, tasks)
+    check_experts(prepared, tasks)
     if prepared.method.statistics is not None:
         if out is not None:
             check_out(prepared, out, overwrite=overwrite)  # before what takes long
@@ -106,16 +106,15 @@ def merge_with_tasks(
     return MergeResult(prepared.plan, record, out=folder.target)
 
 
-def check_data(prepared: Prepared, tasks: Sequence[Task]) -> None:
-    """Refuse data that do not fit the merge.
+def check_experts(prepared: Prepared, tasks: Sequence[Task]) -> None:
+    """Refuse tasks without an expert.
 
     Raises:
-        UsageError: a task without an expert, or an expert without the unlabeled inputs that the method needs.
+        UsageError: names them.
     """
     strange = [task.name for task in tasks if task.name not in prepared.vectors.tasks]
     if strange:
         raise UsageError("\n".join(f"task '{name}' has no expert" for name in strange))
-    check_tasks(prepared.method, prepared.vectors, tasks)
 
 
 def estimates_statistics(prepared: Prepared, tasks: Sequence[Task]) -> bool:
@@ -137,6 +136,7 @@ def with_statistics(
     """
     _check_tokenizer(prepared)
     vectors, settings = prepared.vectors, prepared.settings
+    check_tasks(prepared.method, vectors, tasks)
     inputs = [vectors.base, *vectors.experts.values()]
     body = Body(vectors, torch.device("cpu"))
     modules = {

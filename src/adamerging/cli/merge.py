@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..estimate import Estimate
     from ..recipe import Recipe
     from ..run import MergeResult, Prepared, Progress
+    from ..tasks.task import Task
     from ..weights.fingerprint import Fingerprints
 
 _HOW = "How"
@@ -214,15 +215,15 @@ def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_jso
     prepared = prepare_recipe(recipe)
     if dry_run:
         from ..adaptation.adapt import tasks_of
-        from ..adaptation.static import check_data, estimates_statistics
+        from ..adaptation.static import check_experts, estimates_statistics
         from ..estimate import estimate
 
         tasks = tasks_of(recipe, prepared)
-        check_data(prepared, tasks)
+        check_experts(prepared, tasks)
         if recipe.out is not None:
             check_out(prepared, recipe.out, overwrite=recipe.overwrite)
         estimated = estimates_statistics(prepared, tasks) and not prepared.own_statistics
-        _show_dry_run(prepared, estimate(prepared, recipe.out), estimated, as_json)
+        _show_dry_run(prepared, estimate(prepared, recipe.out), tasks, estimated, as_json)
         return
     with _progress(prepared) as (progress, say):
         if recipe.tasks:
@@ -308,9 +309,12 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
     _tell(show.warn, warnings)
 
 
-def _show_dry_run(prepared: Prepared, estimate: Estimate, estimated: bool, as_json: bool) -> None:
+def _show_dry_run(
+    prepared: Prepared, estimate: Estimate, tasks: Sequence[Task], estimated: bool, as_json: bool
+) -> None:
     from dataclasses import asdict
 
+    from ..merging import lacking_data
     from ..run import statistics_warning
 
     warnings = [*_warnings(prepared, []), *([] if estimated else statistics_warning(prepared))]
@@ -320,6 +324,9 @@ def _show_dry_run(prepared: Prepared, estimate: Estimate, estimated: bool, as_js
             f"{prepared.method.name} first runs each expert on up to {wanted.samples} unlabeled inputs of "
             "its task, which the estimate leaves out"
         )
+        ready = {task.name for task in tasks if task.adapt}
+        if lacking := [name for name in prepared.vectors.tasks if name not in ready]:
+            warnings.append(str(lacking_data(prepared.method, lacking)))
     if estimate.free is not None and estimate.free < estimate.disk:
         warnings.append(f"the disk has {show.size(estimate.free)} free, less than the result takes")
     if as_json:
