@@ -62,7 +62,7 @@ def write_masks(prepared: Prepared, folder: OutputFolder) -> tuple[dict[str, str
         sha256 by file name, and what the record says: ρ by task.
     """
     vectors = prepared.vectors
-    body = {name: spec for file in prepared.files.values() for name, spec in file.items()}
+    body = prepared.specs
     sizes = {entry.name: vectors.numel(entry) for entry in _changed(prepared)}
     whole = {name: Spec((size,), body[name].dtype) for name, size in sizes.items()}
     bits = {name: Spec((-(-size // 8),), torch.uint8) for name, size in sizes.items()}
@@ -195,7 +195,7 @@ class _Packer:
 
 def masked_nbytes(prepared: Prepared) -> int:
     """Bytes of the vector and the masks of a merge, if every tensor is changed."""
-    body = {name: spec for file in prepared.files.values() for name, spec in file.items()}
+    body = prepared.specs
     vectors = prepared.vectors
     sizes = {entry.name: vectors.numel(entry) for entry in vectors.entries()}
     return sum(n * body[name].dtype.itemsize + len(vectors.tasks) * -(-n // 8) for name, n in sizes.items())

@@ -25,11 +25,7 @@ def statistics_of(vectors: TaskVectors, task: str) -> dict[str, Tensor]:
         vectors: base and experts.
         task: which.
     """
-    expert, found = vectors.experts[task], {}
-    for entry in vectors.plan.with_treatment("averaged"):
-        name = entry.sources.get(task)
-        found[entry.name] = vectors.base.read(entry.name) if name is None else expert.read(name)
-    return found
+    return {e.name: vectors.of_expert(e, task) for e in vectors.plan.with_treatment("averaged")}
 
 
 def as_stored(vectors: TaskVectors, task: str, statistics: Statistics) -> dict[str, Tensor]:

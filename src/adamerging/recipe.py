@@ -158,7 +158,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _one_way_to_merge(self) -> Recipe:
         if self.adapt is not None:
-            refuse_static({key: getattr(self, key) for key in self.model_fields_set})
+            said = static_beside_learning({key: getattr(self, key) for key in self.model_fields_set})
+            if said:
+                raise ValueError(said)
         return self
 
     def weights_by_expert(self) -> Any:
@@ -340,19 +342,17 @@ UniqueKeys.add_implicit_resolver(
 )
 
 
-def refuse_static(given: Mapping[str, Any]) -> None:
-    """Refuse the settings of a static merge where coefficients are learned.
+def static_beside_learning(given: Mapping[str, Any]) -> str:
+    """What to say of settings of a static merge where coefficients are learned; nothing without such.
 
     Args:
         given: what was set, by the fields of `Settings`.
-
-    Raises:
-        ValueError: names those that have no effect then.
     """
     found = [key for key in ("method", "options", "scale") if given.get(key) not in ({}, None)]
-    if found:
-        raise ValueError(
-            f"{', '.join(found)} and adapt exclude each other: with learned coefficients, a method is "
-            "either where they start (adapt.start: tsv_m) or what is done to the task vectors first "
-            "(adapt.vectors: ties); either may be a list of {name: options}"
-        )
+    if not found:
+        return ""
+    return (
+        f"{', '.join(found)} and adapt exclude each other: with learned coefficients, a method is "
+        "either where they start (adapt.start: tsv_m) or what is done to the task vectors first "
+        "(adapt.vectors: ties); either may be a list of {name: options}"
+    )

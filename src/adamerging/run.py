@@ -78,9 +78,14 @@ class Prepared:
         return self.own_statistics or self.method.masks is not None
 
     @property
+    def specs(self) -> dict[str, Spec]:
+        """The body's tensors as they are written, of all its files."""
+        return {name: spec for specs in self.files.values() for name, spec in specs.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the output's tensors, heads included."""
-        body = sum(spec.nbytes for specs in self.files.values() for spec in specs.values())
+        body = sum(spec.nbytes for spec in self.specs.values())
         heads = sum(spec.nbytes for head in self.plan.heads.values() for spec in head.values())
         masks = masked_nbytes(self) if self.method.masks is not None else 0
         averaged = self.plan.with_treatment("averaged") if self.statistics_with_heads else ()
@@ -305,7 +310,7 @@ def _write_body(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
                     writer.write(piece.values)
             hashes[file] = writer.sha256
     if len(prepared.files) > 1:
-        total = sum(spec.nbytes for specs in prepared.files.values() for spec in specs.values())
+        total = sum(spec.nbytes for spec in prepared.specs.values())
         folder.write_text(
             "model.safetensors.index.json",
             index_json({file: list(specs) for file, specs in prepared.files.items()}, total),
@@ -315,7 +320,7 @@ def _write_body(prepared: Prepared, folder: OutputFolder) -> dict[str, str]:
 
 def _in_memory(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     refuse_masks(prepared.method)
-    specs = {name: spec for file in prepared.files.values() for name, spec in file.items()}
+    specs = prepared.specs
     parts: dict[str, list[Tensor]] = {name: [] for name in specs}
     with Workers(prepared.settings.threads) as workers:
         pipeline, keywords = _pipeline(prepared, workers)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from . import __version__
 from .errors import UsageError, WeightsError
 from .masks import masked_names, restored
-from .output.companions import companions, is_tokenizer
+from .output.companions import companions
 from .output.folder import RECORD, OutputFolder
+from .output.preparation import prepares
 from .output.tensors import write_tensors
 from .surgery import has_parts, read_part
 from .tasks.data import DataKind, Fields, check_inputs, read_samples
@@ -340,9 +341,9 @@ class MergedModel:
         A tokenizer or processor that the task has of its own stands for the merged folder's.
         """
         own = {name: path for path, name in companions(self._own_folder(task))}
-        replaced = {preparation for name in own if (preparation := _preparation(name))}
+        replaced = {prepares(name) for name in own} - {None}
         for path, name in companions(self.folder):
-            if name not in own and _preparation(name) not in replaced:
+            if name not in own and prepares(name) not in replaced:
                 yield path, name
         yield from ((path, name) for name, path in own.items())
 
@@ -535,13 +536,6 @@ def _prediction(row: Tensor, names: Sequence[str] | None) -> Prediction:
     index = int(row.argmax())
     label = names[index] if names is not None else str(index)
     return Prediction(label, index, float(row[index]), tuple(row.tolist()))
-
-
-def _preparation(name: str) -> str:
-    """What prepares inputs by a file: tokenizer or processor; empty for another file."""
-    if is_tokenizer(name):
-        return "tokenizer"
-    return "processor" if name.endswith("processor_config.json") else ""
 
 
 def _heads_in(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, enable_grad
 
 from ..errors import UsageError
-from ..recipe import Recipe, Settings, refuse_static
+from ..recipe import Recipe, Settings, static_beside_learning
 from ..run import Prepared, check_out, idle_warnings, prepare, prepare_recipe, run_record, statistics_warning
 from ..stream import Workers
 from ..surgery import Operation
@@ -128,10 +128,8 @@ def adapt(
         AdamergingError: see `errors`; nothing is written then but the state of an interrupted run.
     """
     resolved = resolve(settings)
-    try:
-        refuse_static(merge or {})
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    if said := static_beside_learning(merge or {}):
+        raise UsageError(said)
     tasks = list(tasks)
     refuse_overlap(tasks, transductive=transductive)
     prepared = prepare(base, experts, make(Settings, merge or {}, "merge"))

@@ -33,7 +33,7 @@ from .loop import estimate_statistics, own_of_each, taken_statistics
 from .scoring import Fill, FillOwn, average_into, score
 from .session import make_learner
 from .settings import resolve
-from .statistics import Gathering, check_tasks, gather
+from .statistics import Gathering, check_tasks, gather, without_inputs
 from .store import VectorStore
 from .write import write_model, write_record
 
@@ -71,7 +71,9 @@ def merge_with_tasks(
         UsageError: data, and a tokenizer other than the base's; a task without an expert.
         AdamergingError: as `run.merge`.
     """
-    check_experts(prepared, tasks)
+    strange = [task.name for task in tasks if task.name not in prepared.vectors.tasks]
+    if strange:
+        raise UsageError("\n".join(f"task '{name}' has no expert" for name in strange))
     if prepared.method.statistics is not None:
         if out is not None:
             check_out(prepared, out, overwrite=overwrite)  # before what takes long
@@ -94,8 +96,7 @@ def merge_with_tasks(
     record = run_record(prepared, started, hashes) | extra
     record |= {"transductive": transductive, "tasks": {task.name: dict(task.settings) for task in tasks}}
     if folder is None:
-        specs = {name: spec for file in prepared.files.values() for name, spec in file.items()}
-        merged = {name: body.tensors[name].detach().to(spec.dtype) for name, spec in specs.items()}
+        merged = {n: body.tensors[n].detach().to(spec.dtype) for n, spec in prepared.specs.items()}
         own, heads = with_heads(prepared, merged, statistics)
         return MergeResult(prepared.plan, record, body=own, heads=heads)
     with folder:
@@ -106,21 +107,9 @@ def merge_with_tasks(
     return MergeResult(prepared.plan, record, out=folder.target)
 
 
-def check_experts(prepared: Prepared, tasks: Sequence[Task]) -> None:
-    """Refuse tasks without an expert.
-
-    Raises:
-        UsageError: names them.
-    """
-    strange = [task.name for task in tasks if task.name not in prepared.vectors.tasks]
-    if strange:
-        raise UsageError("\n".join(f"task '{name}' has no expert" for name in strange))
-
-
 def estimates_statistics(prepared: Prepared, tasks: Sequence[Task]) -> bool:
     """Whether averaged BatchNorm statistics are re-estimated: where every expert has unlabeled data."""
-    lacking = set(prepared.vectors.tasks) - {task.name for task in tasks if task.adapt is not None}
-    return bool(prepared.plan.with_treatment("averaged")) and not lacking
+    return bool(prepared.plan.with_treatment("averaged")) and not without_inputs(prepared.vectors, tasks)
 
 
 def with_statistics(

@@ -67,7 +67,7 @@ def write_model(
                 writer.write(body[name].detach().cpu().to(spec.dtype).contiguous())
         hashes[file] = writer.sha256
     if len(prepared.files) > 1:
-        total = sum(spec.nbytes for specs in prepared.files.values() for spec in specs.values())
+        total = sum(spec.nbytes for spec in prepared.specs.values())
         names = {file: list(specs) for file, specs in prepared.files.items()}
         folder.write_text("model.safetensors.index.json", index_json(names, total))
     hashes |= write_heads(prepared, folder, statistics)

@@ -215,15 +215,12 @@ def _merge_hashed(recipe: Recipe, prints: Fingerprints, *, dry_run: bool, as_jso
     prepared = prepare_recipe(recipe)
     if dry_run:
         from ..adaptation.adapt import tasks_of
-        from ..adaptation.static import check_experts, estimates_statistics
         from ..estimate import estimate
 
         tasks = tasks_of(recipe, prepared)
-        check_experts(prepared, tasks)
         if recipe.out is not None:
             check_out(prepared, recipe.out, overwrite=recipe.overwrite)
-        estimated = estimates_statistics(prepared, tasks) and not prepared.own_statistics
-        _show_dry_run(prepared, estimate(prepared, recipe.out), tasks, estimated, as_json)
+        _show_dry_run(prepared, estimate(prepared, recipe.out), tasks, as_json)
         return
     with _progress(prepared) as (progress, say):
         if recipe.tasks:
@@ -309,23 +306,24 @@ def _show_result(prepared: Prepared, result: MergeResult, as_json: bool) -> None
     _tell(show.warn, warnings)
 
 
-def _show_dry_run(
-    prepared: Prepared, estimate: Estimate, tasks: Sequence[Task], estimated: bool, as_json: bool
-) -> None:
+def _show_dry_run(prepared: Prepared, estimate: Estimate, tasks: Sequence[Task], as_json: bool) -> None:
     from dataclasses import asdict
 
+    from ..adaptation.static import estimates_statistics
+    from ..adaptation.statistics import without_inputs
     from ..merging import lacking_data
     from ..run import statistics_warning
 
-    warnings = [*_warnings(prepared, []), *([] if estimated else statistics_warning(prepared))]
+    warnings = _warnings(prepared, [])
+    if prepared.own_statistics or not estimates_statistics(prepared, tasks):
+        warnings += statistics_warning(prepared)
     wanted = prepared.method.statistics
     if wanted is not None:
         warnings.append(
             f"{prepared.method.name} first runs each expert on up to {wanted.samples} unlabeled inputs of "
             "its task, which the estimate leaves out"
         )
-        ready = {task.name for task in tasks if task.adapt}
-        if lacking := [name for name in prepared.vectors.tasks if name not in ready]:
+        if lacking := without_inputs(prepared.vectors, tasks):
             warnings.append(str(lacking_data(prepared.method, lacking)))
     if estimate.free is not None and estimate.free < estimate.disk:
         warnings.append(f"the disk has {show.size(estimate.free)} free, less than the result takes")

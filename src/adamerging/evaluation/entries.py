@@ -12,7 +12,7 @@ from ..adaptation.settings import AdaptSettings, resolve
 from ..errors import UsageError
 from ..methods import chain, make_method, methods
 from ..methods.stage import Method
-from ..recipe import Recipe, Settings, refuse_static
+from ..recipe import Recipe, Settings, static_beside_learning
 from ..validation import nearest
 from .records import AVERAGE, BASE, EXPERTS, label_of_expert
 from .settings import Entry
@@ -179,10 +179,9 @@ def _entry(label: str, entry: Entry | None, buffers: str) -> Entry:
             )
     swept = {path.partition(".")[0]: values for path, values in entry.sweep.items()}
     if entry.adapt is not None:
-        try:
-            refuse_static({"method": entry.method, "options": entry.options, "scale": entry.scale} | swept)
-        except ValueError as error:
-            raise UsageError(f"{label}: {error}") from None
+        given = {"method": entry.method, "options": entry.options, "scale": entry.scale} | swept
+        if said := static_beside_learning(given):
+            raise UsageError(f"{label}: {said}")
     elif "adapt" in swept:
         raise UsageError(
             f"{label}: a sweep over adapt.NAME is for learned coefficients, and this is a static merge; say "

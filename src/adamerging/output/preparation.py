@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .companions import companions, is_tokenizer
 
@@ -26,13 +27,22 @@ def own_preparation(expert: Path | None, base: Path | None, *, tokenizer: bool) 
     if expert is None:
         return []
     found = [path for path, name in companions(expert) if "/" not in name]
-    processor = [path for path in found if path.name.endswith("processor_config.json")]
-    texts = [path for path in found if is_tokenizer(path.name) and "chat_template" not in path.name]
+    processor = [path for path in found if prepares(path.name) == "processor"]
+    texts = [
+        path for path in found if prepares(path.name) == "tokenizer" and "chat_template" not in path.name
+    ]
     if not tokenizer or (base is not None and _tokenise_alike(texts, base)):
         texts = []
     if base is not None and all(_content(path) == _content(base / path.name) for path in processor):
         processor = []
     return [*processor, *texts]
+
+
+def prepares(name: str) -> Literal["tokenizer", "processor"] | None:
+    """What a file, by its name relative to the model's folder, belongs to, of what prepares inputs."""
+    if is_tokenizer(name):
+        return "tokenizer"
+    return "processor" if name.endswith("processor_config.json") else None
 
 
 def _tokenise_alike(files: Sequence[Path], base: Path) -> bool:
@@ -58,6 +68,13 @@ def _content(path: Path) -> Any:
     """What a file holds, of JSON what it says; None without the file."""
     if not path.is_file():
         return None
+    about = path.stat()
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=8)  # the base's files are compared with those of every expert
+def _read(path: Path, changed: int, size: int) -> Any:
+    del changed, size
     data = path.read_bytes()
     try:
         return json.loads(data)

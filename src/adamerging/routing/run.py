@@ -63,7 +63,7 @@ def run_routed(
         if scores is not None:
             record["scores"] = scores
         if folder is not None:
-            specs = {name: spec for file in prepared.files.values() for name, spec in file.items()}
+            specs = prepared.specs
             with folder:
                 folder.require(prepared.nbytes + routes_nbytes(routed.routes, specs))
                 hashes = write_model(folder, prepared, session.body.tensors, tasks)

@@ -151,7 +151,7 @@ def read_changes(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Base and task vectors ``(K, *shape)`` of the routed maps, rounded to the dtype they are stored in."""
     vectors = session.prepared.vectors
-    specs = {name: spec for file in session.prepared.files.values() for name, spec in file.items()}
+    specs = session.prepared.specs
     entries: Mapping[str, Entry] = {entry.name: entry for entry in store.entries()}
     rows = [session.labels.index(task) for task in vectors.tasks]
     base, changes = {}, {}

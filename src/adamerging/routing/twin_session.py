@@ -50,7 +50,7 @@ def twin_routes(
         options: of the way to route.
     """
     vectors, body = session.prepared.vectors, session.body
-    specs = {name: spec for file in session.prepared.files.values() for name, spec in file.items()}
+    specs = session.prepared.specs
     entries = {entry.name: entry for entry in store.entries()}
     rows = [session.labels.index(task) for task in vectors.tasks]
 

@@ -12,7 +12,25 @@ from .task import Samples
 _GENERIC = re.compile(r"LABEL_\d+")
 
 
-class NamedLabels(Sequence[int]):
+class Checked(Sequence[int]):
+    """Labels that are looked at when one is used."""
+
+    def check(self) -> Sequence[int]:
+        """The class numbers. Raises `UsageError` where there are none, or none that fit."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        return self.check()[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.check())
+
+
+class NamedLabels(Checked):
     """Labels that a data set stores by name: class numbers as soon as the model says what its classes are.
 
     Args:
@@ -58,18 +76,11 @@ class NamedLabels(Sequence[int]):
             )
         return self._numbers
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self.check()[index]
-
     def __len__(self) -> int:
         return len(self.names)
 
 
-class SpareLabels(Sequence[int]):
+class SpareLabels(Checked):
     """Labels of adaptation data, which few runs look at: what is wrong with them is said when one is used.
 
     Args:
@@ -103,16 +114,6 @@ class SpareLabels(Sequence[int]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[int]: ...
-    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
-        return self.check()[index]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.check())
-
     def __len__(self) -> int:
         return len(self.found)
 
@@ -120,7 +121,7 @@ class SpareLabels(Sequence[int]):
 def usable(labels: Sequence[int] | None) -> Sequence[int] | None:
     """Labels that fit the model; None for those that do not: for what can do without them."""
     try:
-        return labels.check() if isinstance(labels, SpareLabels | NamedLabels) else labels
+        return labels.check() if isinstance(labels, Checked) else labels
     except UsageError:
         return None
 

@@ -95,10 +95,15 @@ def check_tasks(method: Method, vectors: TaskVectors, tasks: Sequence[Task]) -> 
     Raises:
         UsageError: names all such tasks.
     """
-    ready = {task.name for task in tasks if task.adapt}
-    lacking = [name for name in vectors.tasks if name not in ready]
+    lacking = without_inputs(vectors, tasks)
     if method.statistics is not None and lacking:
         raise lacking_data(method, lacking)
+
+
+def without_inputs(vectors: TaskVectors, tasks: Sequence[Task]) -> list[str]:
+    """Experts whose task has no unlabeled inputs, in order."""
+    ready = {task.name for task in tasks if task.adapt}
+    return [name for name in vectors.tasks if name not in ready]
 
 
 @dataclass(frozen=True)
